@@ -1,0 +1,32 @@
+"""What ranks tell each other. Without a process group everything here is the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce as _differentiable_all_reduce
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, (world * B, ...), rank by rank; no gradient passes. Every rank must hold the same shape."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, through which the gradient passes (its backward sums the ranks' gradients)."""
+    return x if world_size() == 1 else _differentiable_all_reduce(x)

@@ -1,0 +1,1 @@
+"""Pre-training objectives: forward(encoder, batch, progress) -> loss and named terms."""

@@ -1,0 +1,180 @@
+"""The vocabulary that every part of harmonize shares: plain containers, no behaviour worth a test of its own.
+
+Letters used in shapes throughout the project: B images, H heads, N patch tokens, P prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:  # annotations only: a command line with a typo must not wait for torch to load
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What other parts need to know about an encoder.
+
+    Attributes:
+        width: Token dimension D.
+        depth: Number of blocks.
+        num_heads: Attention heads H of every block.
+        image_size: (height, width) of the images, in px.
+        patch_size: Side of a square patch, in px.
+        grid: (rows, columns) of the patch grid.
+        num_prefix_tokens: P, class token and registers, which come before the patch tokens.
+        has_class_token: Whether the first prefix token is a class token.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    image_size: tuple[int, int]
+    patch_size: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    has_class_token: bool
+
+    @property
+    def num_patches(self) -> int:
+        """N, the number of patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A Vision Transformer as the objectives and evaluations see it (an ``nn.Module``)."""
+
+    spec: EncoderSpec
+
+    def __call__(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """Tokens (B, P + N, D) after the final norm; masked patches (mask (B, N) True) carry ``mask_token`` (D,)."""
+
+    def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
+        """Tokens (B, P + K, D) after the final norm when only the patches ``keep`` (B, K) enter the encoder."""
+
+    def iter_blocks(self, images: Tensor) -> Iterator[Tensor]:
+        """The tokens (B, P + N, D) after each block, in order, before the final norm."""
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The encoder's final norm."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """As every ``nn.Module``."""
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """As every ``nn.Module``."""
+
+
+@dataclass
+class Batch:
+    """One batch, already on the device.
+
+    Attributes:
+        views: By view name (``"contrastive"``, ``"mim"``, ...) the tuple of its image tensors (B, 3, h, w), normalised.
+        image: The clean evaluation view (B, 3, h, w), normalised; None in training batches.
+        label: (B,) int64, -1 where there is none.
+        index: (B,) int64, position of each image in its split.
+        seed: (B,) int64, one number per image, a function of (run seed, epoch, index) alone; masks derive from it.
+    """
+
+    views: dict[str, tuple[Tensor, ...]]
+    label: Tensor
+    index: Tensor
+    seed: Tensor
+    image: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader when it pins memory."""
+        return replace(
+            self,
+            views={name: tuple(v.pin_memory() for v in views) for name, views in self.views.items()},
+            label=self.label.pin_memory(),
+            index=self.index.pin_memory(),
+            seed=self.seed.pin_memory(),
+            image=None if self.image is None else self.image.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, counted in optimiser steps (never in micro-batches).
+
+    Attributes:
+        step: Optimiser steps finished so far.
+        total_steps: Optimiser steps of the whole run.
+    """
+
+    step: int
+    total_steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1].
+
+        >>> Progress(5, 20).fraction
+        0.25
+        """
+        return min(1.0, self.step / max(1, self.total_steps))
+
+
+@dataclass
+class ObjectiveOutput:
+    """What an objective returns.
+
+    Attributes:
+        loss: The scalar to minimise.
+        terms: The raw loss terms by name (``"contrastive"``, ``"mim"``), unweighted, differentiable scalars.
+        stats: Further scalars worth logging (accuracy, q/k statistics, chance level, weights), detached.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    stats: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The one name of a feature, used identically for fitting and for scoring.
+
+    Attributes:
+        layer: Block whose output is read, 1 ... depth; -1 is the last block.
+        pool: ``cls`` (class token), ``patch_mean`` (mean over patch tokens) or ``cls_patch_mean`` (both, concatenated).
+        norm: Whether the encoder's final norm is applied before pooling.
+    """
+
+    layer: int = -1
+    pool: str = "cls_patch_mean"
+    norm: bool = True
+
+    def __str__(self) -> str:
+        layer = "last" if self.layer == -1 else str(self.layer)
+        return f"layer={layer} pool={self.pool} norm={'final' if self.norm else 'none'} view=clean mode=eval"
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration: the message is one sentence naming the key, the value and what is allowed."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A pre-training objective (an ``nn.Module``)."""
+
+    @property
+    def required_views(self) -> Mapping[str, str]:
+        """View name -> name of the augmentation recipe that makes it."""
+
+    def before_step(self, encoder: Encoder, progress: Progress) -> None:
+        """Called once per optimiser step, before its first forward (the momentum update lives here)."""
+
+    def __call__(self, encoder: Encoder, batch: Batch, progress: Progress) -> ObjectiveOutput:
+        """The loss of one micro-batch."""
+
+
+Transform = Callable[..., "Tensor"]

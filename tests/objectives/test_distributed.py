@@ -1,0 +1,71 @@
+"""1 rank == 2 ranks: a step on the whole batch equals one on the split batch, gradients and mixed loss included."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from harmonize.objectives.contrastive import Contrastive
+from harmonize.objectives.hybrid import Hybrid
+from harmonize.objectives.mim import MaskedAutoencoder, MaskedImageModeling
+from harmonize.types import Progress
+from tests.helpers import random_batch, tiny_encoder
+
+CONTRASTIVE = partial(Contrastive, hidden_dim=16, out_dim=8)
+MAE = partial(MaskedAutoencoder, decoder_width=16, decoder_depth=1, decoder_heads=2)
+OBJECTIVES = {
+    "contrastive": CONTRASTIVE,
+    "mim": MaskedImageModeling,
+    "mae": MAE,
+    "hybrid": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2),
+}
+
+
+def step(name, rank=0, world=1):
+    """Loss, gradients and buffers of one micro-batch slice; gradients averaged over ranks as DDP does."""
+    encoder = tiny_encoder()
+    torch.manual_seed(1)
+    objective = OBJECTIVES[name](encoder)
+    module = torch.nn.ModuleDict({"encoder": encoder, "objective": objective})
+    batch = random_batch(8)
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    batch = replace(
+        batch,
+        views={view: tuple(x[part] for x in images) for view, images in batch.views.items()},
+        seed=batch.seed[part],
+        index=batch.index[part],
+        label=batch.label[part],
+    )
+    loss = objective(encoder, batch, Progress(0, 1)).loss
+    loss.backward()
+    state = {"loss": loss.detach().clone()}
+    state |= {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    if world > 1:
+        for value in state.values():
+            dist.all_reduce(value)
+            value /= world
+    return state | {n: b for n, b in module.named_buffers() if "running" in n}
+
+
+def work(rank, name, folder):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(step(name, rank, 2), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_ranks_equal_one(name, tmp_path):
+    mp.spawn(work, (name, str(tmp_path)), nprocs=2)
+    whole = step(name)
+    for rank in (0, 1):
+        split = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert set(split) == set(whole)
+        for key, value in whole.items():
+            atol = 1e-6 + 1e-5 * value.abs().max().item()  # elements near zero carry the rounding of the large ones
+            assert torch.allclose(split[key], value, rtol=1e-4, atol=atol), key
