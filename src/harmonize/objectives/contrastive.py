@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Contrastive(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector)
         for parameter in (*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()):
             parameter.requires_grad_(False)
+        module: Any
         for module in self.momentum_encoder.modules():
             if hasattr(module, "drop_prob"):  # a stochastic teacher would be another method
                 module.drop_prob = 0.0
