@@ -32,7 +32,7 @@ class LinearProbe:
 
     def logits(self, features: Tensor) -> Tensor:
         """Class scores (M, C) of features (M, F)."""
-        features = (features.to(self.weight) - self.mean) / self.std
+        features = (features.to(self.weight.device).to(self.weight.dtype) - self.mean) / self.std
         return features @ self.weight.T + self.bias
 
 
@@ -49,13 +49,15 @@ def fit_linear_probe(
         max_iterations: Upper bound; the gradient tolerance of 1e-7 normally stops earlier.
 
     Returns:
-        The probe, on the device of ``features``.
+        The probe, in fp64.
 
     >>> x, y = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
     >>> fit_linear_probe(x, y, 2).logits(x).argmax(1).tolist()
     [0, 0, 1, 1]
     """
-    x = features.detach().double()
+    # Apple's GPUs have no fp64.
+    x = features.detach().to("cpu" if features.device.type == "mps" else features.device).double()
+    labels = labels.to(x.device)
     mean, std = x.mean(0), x.std(0, correction=0)
     # A constant feature carries nothing: dividing by 1 leaves it at 0 instead of blowing up its rounding errors.
     std = torch.where(std > 1e-8 * (1 + mean.abs()), std, torch.ones_like(std))

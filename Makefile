@@ -1,0 +1,61 @@
+# The project's commands; `make` alone lists them. They need Python 3.10 ... 3.13 and make, and set up .venv themselves.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint type format clean
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# The newest Python that the project supports and that can make a virtual environment. Each name is really started:
+# version managers put names on PATH that do not run. Another choice: `make test PYTHON=/path/to/python3`.
+FITS := import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+PYTHON = $(shell for name in python3.13 python3.12 python3.11 python3.10 python3 python; do \
+	if "$$name" -c "$(FITS)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
+
+# The tests spread over processes, not over threads: a tiny network gains nothing from a second thread.
+test test-all: export OMP_NUM_THREADS := 1
+export PYTHONUNBUFFERED := 1
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(INSTALLED) ## Pre-train a small ViT with the hybrid objective on rendered images: a few minutes on a laptop
+	$(RUN) train.py experiment=demo
+
+test: $(INSTALLED) ## Run the tests that take less than a minute each
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+test-all: $(INSTALLED) ## Run every test
+	$(RUN) -m pytest -n 2
+
+lint: $(INSTALLED) ## Check style, formatting and who imports whom
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q tests/test_layering.py
+
+type: $(INSTALLED) ## Check the types
+	$(RUN) -m mypy
+
+format: $(INSTALLED) ## Repair style and formatting
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## Remove caches and build products; outputs/ and .venv stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The environment is made once, and again when pyproject.toml changes. The stamp is touched last, so that an
+# interrupted set-up is taken up again.
+$(INSTALLED): pyproject.toml
+	@echo "Setting up $(VENV): some minutes and a few GB (PyTorch) the first time."
+	@if uv --version >/dev/null 2>&1; then \
+		uv venv --allow-existing $(if $(PYTHON),--python "$(PYTHON)") $(VENV) \
+		&& uv pip install --compile-bytecode --python $(RUN) --editable '.[dev]'; \
+	elif [ -n "$(PYTHON)" ]; then \
+		"$(PYTHON)" -m venv $(VENV) && $(RUN) -m pip install --editable '.[dev]'; \
+	else \
+		echo "No Python 3.10 ... 3.13 with its venv module was found; install one (on Debian: python3 and python3-venv)" \
+			"or name it: make test PYTHON=/path/to/python3." >&2; exit 1; \
+	fi
+	@touch $@

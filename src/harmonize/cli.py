@@ -1,0 +1,338 @@
+"""The command line: ``harmonize train | evaluate | analyze``.
+
+Hydra runs the jobs (it brings sweeps and launchers), but only after every job has been composed and checked here, so
+that a mistake costs a second, gets one sentence, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from harmonize import __version__
+from harmonize.types import ConfigError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+HELP = f"""\
+harmonize {__version__}: contrastive learning, masked image modelling and their hybrid on one Vision Transformer.
+
+usage: harmonize <command> [key=value ...]
+
+commands
+  train      pre-train a Vision Transformer
+  evaluate   measure a checkpoint               (arrives with a later version)
+  analyze    look inside a checkpoint           (arrives with a later version)
+
+examples
+  harmonize train loss=hybrid loss.lambda=0.2       the hybrid on drawn shapes, which need no download
+  harmonize train loss=mim data=folder data.root=my_images
+  harmonize train -m loss.lambda=0,0.2,0.4          one run after the other
+  harmonize train --help                            groups, keys and more examples
+  harmonize train loss=mim --cfg job                print the configuration, run nothing
+"""
+
+TRAIN_HELP = """\
+Pre-train a Vision Transformer with a contrastive loss (CL), masked image modelling (MIM) or both:
+L = (1 - lambda) * L_MIM + lambda * L_CL on one shared backbone.
+
+usage: harmonize train [key=value ...] [-m] [--cfg job]        (or: python train.py ...)
+
+groups: choose a file with group=name (* is chosen)
+{groups}
+
+keys: set any value with key=value
+  seed                   everything random is a function of it
+  run.dir, run.root      the run folder, or where run folders lie; the same command resumes its own run
+  run.fresh              true: start anew instead
+  loss.lambda            weight of the contrastive loss in the hybrid, 0 to 1, or a schedule:
+                         "loss.lambda={{schedule: linear, start: 0, end: 1}}"
+  loss.temperature       of the contrastive loss (loss.contrastive.temperature in the hybrid)
+  loss.mask_ratio        share of the image that is masked (loss.mim.mask_ratio in the hybrid)
+  loss.mask_unit         side of a masked block in px, null: two patches (loss.mim.mask_unit in the hybrid)
+  backbone.patch_size    side of a patch in px
+  data.root              where the images are; also data.image_size (px), data.num_train, data.num_val
+  data.batch_size        over all devices and micro-batches
+  optimizer.lr           per optimizer.lr_batch images; also optimizer.weight_decay, schedule.warmup
+  trainer.max_epochs     or trainer.max_steps; also trainer.devices, trainer.precision, trainer.accumulate
+
+examples
+  harmonize train loss=hybrid loss.lambda=0.2
+  harmonize train loss=mim data=folder data.root=my_images data.image_size=96 backbone=vit_small
+  harmonize train loss=hybrid loss@loss.mim=mae trainer.max_epochs=50 logger=csv
+  harmonize train -m loss.lambda=0,0.2,0.4,0.6,0.8,1
+  harmonize train experiment=demo
+
+options
+  --cfg job              print the whole configuration and run nothing (--resolve: with derived values)
+  -m, --multirun         run every combination of comma-separated values
+  --config-dir DIR       also look for YAML files in DIR, which has the folders of conf/
+  -sc install=bash       tab completion (also fish, zsh)
+  --hydra-help           what else Hydra can do
+"""
+
+# Above this number not every job of a sweep is composed beforehand, but jobs in which every value occurs.
+MAX_CHECKED = 24
+LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 0, 2 after a mistake of the user (one sentence on stderr), 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(arguments)
+    except ConfigError as error:
+        report(error)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("harmonize: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def report(error: ConfigError) -> None:
+    """Print a mistake, one line per sentence."""
+    for line in str(error).splitlines():
+        print(f"harmonize: error: {line}", file=sys.stderr)
+
+
+def run(arguments: list[str]) -> int:
+    """Hand over to the command that the first argument names."""
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "evaluate": lambda _: _later("evaluate"),
+        "analyze": lambda _: _later("analyze"),
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        print(f"harmonize {__version__}")
+        return 0
+    if command in ("-sc", "--shell-completion"):  # what a shell types behind the user's back, whatever the command is
+        return train(arguments)
+    if command not in commands:
+        near = difflib.get_close_matches(command, commands, 1)
+        hint = (
+            f"harmonize {near[0]}" if near else f"harmonize train {command}" if "=" in command else "harmonize --help"
+        )
+        raise ConfigError(f"Unknown command {command}; did you mean: {hint}")
+    return commands[command](rest)
+
+
+def _later(command: str) -> NoReturn:
+    raise ConfigError(f"harmonize {command} arrives with a later version; this one has: harmonize train.")
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: list[str]) -> int:
+    """Check every job, then let Hydra run them."""
+    from hydra._internal.utils import _run_hydra, get_args_parser
+
+    from harmonize import config
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    options = parser.parse_intermixed_args(arguments)
+    _check_options(options)
+    if options.shell_completion:  # Hydra expects settings right after the program's name
+        line = os.environ.get("COMP_LINE", "")
+        os.environ["COMP_LINE"] = re.sub(r"^(\S+)\s+train\b", r"\1", line)
+    else:
+        jobs, hydra, multirun = _jobs(options)
+        if options.help:
+            print(TRAIN_HELP.format(groups=_groups(hydra.runtime.choices)), end="")
+            return 0
+        if not (options.hydra_help or options.cfg or options.info):
+            _check(jobs, str(hydra.launcher.get("_target_", "")), multirun)
+    # Hydra prints errors in its own, shortened way and exits with 1; with this it raises them.
+    with _environment(HYDRA_FULL_ERROR="1"):
+        _run_hydra(
+            args=options, args_parser=parser, task_function=job, config_path=str(config.CONF), config_name="train"
+        )
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One run, as Hydra or a launcher calls it, on the machine that does the work."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from harmonize import config
+
+    hydra = HydraConfig.get()
+    cfg = config.finish(cfg, hydra.runtime.choices)
+    is_sweep = hydra.mode == RunMode.MULTIRUN
+    try:
+        if is_sweep:
+            print(f"harmonize: job {hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
+            config.check_config(cfg)  # a launcher may have brought it to another machine
+        from harmonize.training.run import train as run_training
+
+        run_training(cfg)
+    except ConfigError as error:
+        if is_sweep:
+            raise  # Hydra says which job, and lets the others run
+        report(error)
+        raise SystemExit(2) from error
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message[0].upper()}{message[1:]}; settings are written key=value, see harmonize train --help.")
+
+
+def _check_options(options: Namespace) -> None:
+    """Refuse what does not go together, and turn ``--config-dir`` into Hydra's search path."""
+    if options.config_path or options.config_name or options.experimental_rerun:
+        raise ConfigError("harmonize train has one primary configuration; add files of your own with --config-dir DIR.")
+    modes = options.run + options.multirun + options.shell_completion + bool(options.cfg) + bool(options.info)
+    if modes > 1:
+        raise ConfigError("Only one of --run, --multirun, --cfg, --info and --shell-completion can be given.")
+    if options.resolve and not options.cfg:
+        raise ConfigError("--resolve goes with --cfg job.")
+    if options.config_dir:
+        folder = os.path.abspath(options.config_dir)
+        if not os.path.isdir(folder):
+            raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
+        quoted = f"file://{folder}".replace("\\", "\\\\").replace("'", "\\'")
+        options.overrides.append(f"hydra.searchpath=['{quoted}']")
+        options.config_dir = None
+
+
+def _groups(choices: Mapping[str, str]) -> str:
+    from harmonize import config
+
+    with config.composer() as conf:
+        return "\n".join(
+            f"  {group:<11} {', '.join(f'{n}*' if n == choices.get(group) else n for n in names)}"
+            for group, names in conf.groups().items()
+        )
+
+
+def _jobs(options: Namespace) -> tuple[list[DictConfig], DictConfig, bool]:
+    """The configurations that Hydra is going to run (of a large sweep: a part with every value in it)."""
+    from hydra.types import RunMode
+
+    from harmonize import config
+
+    with config.composer() as conf:
+        parsed = conf.parse(options.overrides)
+        swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
+        waiting = [o for o in parsed if o.is_sweep_override() or _depends(o, swept)]
+        first = conf.load([o.input_line or "" for o in parsed if o not in waiting])
+        hydra = first.hydra
+        if not (options.multirun or hydra.mode == RunMode.MULTIRUN):
+            return [config.finish(conf.load(options.overrides) if waiting else first)], hydra, False
+        # Hydra composes the fixed values once before the sweep, without what they depend on: hand them over as values
+        # of a sweep of length one.
+        options.overrides = [_as_sweep(o) if _depends(o, swept) else o.input_line or "" for o in parsed]
+        parameters = hydra.sweeper.get("params") or {}
+        parsed = conf.parse([f"{key}={value}" for key, value in parameters.items()]) + parsed
+        try:
+            jobs = [config.finish(conf.load(overrides)) for overrides in _combinations(parsed)]
+        except NotImplementedError:  # a sweeper other than Hydra's own decides later what it runs
+            jobs = [config.finish(first)]
+        return jobs, hydra, True
+
+
+def _depends(override: Override, swept: set[str]) -> bool:
+    """Whether a fixed value can only be set once a swept file is chosen: ``loss.mask_ratio=0.5 loss=mim,mae``."""
+    section = override.key_or_group.partition(".")[0]
+    if override.is_sweep_override() or override.is_delete() or section in ("run", "hydra"):
+        return False
+    return "experiment" in swept or (section in swept and section != override.key_or_group)
+
+
+def _as_sweep(override: Override) -> str:
+    key, _, value = (override.input_line or "").partition("=")
+    return f"{key}=choice({value})"
+
+
+def _combinations(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep, by Hydra's rule: every combination, the last of a key wins."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [override.input_line or ""]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise NotImplementedError(key)
+    axes = list(values.values())
+    count = 1
+    for axis in axes:
+        count *= len(axis)
+    if count <= MAX_CHECKED:
+        yield from map(list, itertools.product(*axes))
+    else:
+        longest = min(MAX_CHECKED, max(map(len, axes)))
+        yield from ([axis[i % len(axis)] for axis in axes] for i in range(longest))
+
+
+def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool) -> None:
+    """Everything that can be known before the first job starts."""
+    from harmonize import config
+
+    local = not multirun or launcher.rpartition(".")[2] in LOCAL_LAUNCHERS
+    problems: dict[str, None] = {}
+    for cfg in jobs:
+        try:
+            config.check_config(cfg, machine=local)
+        except ConfigError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if not multirun:
+        return
+    if local and any(cfg.trainer.devices > 1 for cfg in jobs):
+        raise ConfigError(
+            "trainer.devices above 1 cannot be combined with -m on this machine, because jobs would restart the sweep: "
+            "run the jobs one by one, or choose a launcher that starts one process per device."
+        )
+    folders = [config.run_dir(cfg) for cfg in jobs]
+    if len(set(folders)) < len(folders):
+        shared = next(f for f in folders if folders.count(f) > 1)
+        raise ConfigError(
+            f"Several jobs of the sweep would share the run folder {shared}: set run.root instead of run.dir, and "
+            "sweep over keys that change the result."
+        )
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before: Mapping[str, str | None] = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,614 @@
+"""From words on the command line to a checked configuration, and from there to objects.
+
+Together with ``cli.py`` the only place that knows Hydra. Importing it loads neither torch nor lightning, so that a typo
+is answered at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import keyword
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from harmonize.rules import get, is_number, show, violations
+from harmonize.types import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from hydra.core.override_parser.types import Override
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel conf/ lies inside the package, in a checkout at the root.
+CONF = next((d for d in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if d.is_dir()), _PACKAGE / "conf")
+
+# Keys that change where and how a run is shown, never its result: they do not take part in the name of its folder.
+NEUTRAL = ("run", "logger", "hydra", "data.num_workers", "trainer.progress")
+
+
+# ---- composing -----------------------------------------------------------------------------------------------------
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration that ``harmonize train <overrides>`` runs with (unchecked: see :func:`check_config`).
+
+    Args:
+        overrides: As on the command line, for example ``["loss=hybrid", "loss.lambda=0.2"]``.
+
+    Raises:
+        ConfigError: An override names a group, a choice or a key that does not exist, or cannot be read.
+    """
+    with composer() as conf:
+        return finish(conf.load(overrides))
+
+
+@contextmanager
+def composer(config_name: str = "train") -> Iterator[Composer]:
+    """Composes any number of configurations from ``conf/<config_name>.yaml``."""
+    with initialize_config_dir(str(CONF), job_name=config_name, version_base="1.3"):
+        yield Composer(GlobalHydra.instance().config_loader(), config_name)
+
+
+def finish(config: DictConfig, choices: Mapping[str, str] | None = None) -> DictConfig:
+    """Drop Hydra's own node and write down the readable part of the run folder's name, ``run.name``."""
+    chosen = config.hydra.runtime.choices if choices is None else choices
+    with open_dict(config):
+        config.pop("hydra", None)
+        config.run.name = "-".join(Path(str(chosen[group])).name for group in ("loss", "data", "backbone"))
+    return config
+
+
+class Composer:
+    """Composes configurations, and says in plain words what is wrong with overrides.
+
+    Hydra's own messages name neither the nearest key nor the choices, and it takes a typo for an addition where the
+    user wrote ``+key`` or an experiment's file. So overrides are held against what the chosen files spell, first.
+    """
+
+    def __init__(self, conf: ConfigLoader, config_name: str) -> None:
+        self._conf = conf
+        self._config_name = config_name
+        self._cache: dict[tuple[str, ...], DictConfig] = {}
+        self._search: list[str] = []  # the override that names folders besides conf/
+
+    def load(self, overrides: Sequence[str]) -> DictConfig:
+        """The composed configuration, with Hydra's own node.
+
+        Raises:
+            ConfigError: Naming everything that is wrong with the overrides.
+        """
+        parsed = self.parse(overrides)
+        self._search = [_text(o) for o in parsed if o.key_or_group == "hydra.searchpath"]
+        groups = [o for o in parsed if self._is_group(o)]
+        _refuse([self._choice(o) for o in groups])
+        files = self._files(groups)
+        _refuse([self._key(o, files) for o in parsed if o not in groups])
+        _refuse(self._experiment(groups, files))
+        return self._compose(overrides)
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Overrides in Hydra's grammar.
+
+        Raises:
+            ConfigError: Naming all that cannot be read.
+        """
+        parser, parsed, problems = OverridesParser.create(config_loader=self._conf), [], []
+        for text in overrides:
+            try:
+                parsed += parser.parse_overrides([text])
+            except HydraException:
+                hint = "; lists are written [1,2], and special characters need quotes" if "=" in text else ""
+                problems.append(f"Could not parse {text!r}: a setting is written key=value{hint}.")
+        _refuse(problems)
+        return parsed
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        key = tuple(dict.fromkeys([*overrides, *self._search]))
+        if key not in self._cache:
+            try:
+                self._cache[key] = self._conf.load_configuration(self._config_name, list(key), RunMode.RUN)
+            except Exception as error:  # Hydra's exceptions have no common ancestor
+                raise ConfigError(self._plainly(error)) from error
+        return copy.deepcopy(self._cache[key])
+
+    def _files(self, groups: Sequence[Override]) -> DictConfig:
+        """What the chosen files spell, before any value is set."""
+        # A choice inside a choice (loss@loss.mim=mae) comes second: whether it can be made depends on the others.
+        config = self._compose([_text(o) for o in groups if o.package is None])
+        nested = [o for o in groups if o.package is not None]
+        if not nested:
+            return config
+        possible = [choice for choice in config.hydra.runtime.choices if "@" in choice]
+        hint = f"possible here: {', '.join(possible)}" if possible else "no such choice is possible here"
+        _refuse(
+            f"{_text(o)} does not fit {_chosen(config, 'loss')}; {hint}."
+            for o in nested
+            if not o.is_add() and o.get_key_element().lstrip("~") not in possible
+        )
+        return self._compose([_text(o) for o in groups])
+
+    def _is_group(self, override: Override) -> bool:
+        """Whether an override chooses a file (``loss=mim``) rather than sets a value."""
+        return not isinstance(override.value(), dict) and bool(self._names(override.key_or_group))
+
+    def _names(self, group: str) -> list[str]:
+        """All files of a group."""
+        if not self._search:
+            return self._conf.get_group_options(group)
+        return self._conf.get_group_options(group, config_name=self._config_name, overrides=self._search)
+
+    def _options(self, group: str) -> list[str]:
+        """Those that are meant to be chosen."""
+        return [name for name in self._names(group) if not name.startswith("_")]
+
+    def _choice(self, override: Override) -> str | None:
+        """What is wrong with ``group=file``."""
+        group, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            return _needs_multirun(override)
+        if override.is_delete() and value is None:
+            return None
+        for name in value if isinstance(value, list) else [value]:
+            folder, _, file = f"{group}/{name}".rpartition("/")
+            if not isinstance(name, str) or file not in self._names(folder):
+                options = self._options(group)
+                return f"{_text(override)}: {group} must be one of {', '.join(options)}{_did_you_mean(name, options)}"
+        return None
+
+    def _key(self, override: Override, files: DictConfig) -> str | None:
+        """What is wrong with ``key=value``."""
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            return _needs_multirun(override)
+        if override.package is not None:
+            return f"{_text(override)}: there is no group {key}{_did_you_mean(key, self.groups())}"
+        adds = override.is_add() or override.is_force_add()
+        node = _find(files, key)
+        if node is _NOTHING:
+            brings_component = isinstance(value, dict) and "_target_" in value
+            return None if adds and (brings_component or _is_open(files, key)) else self._unknown(key, files)
+        if not isinstance(node, DictConfig) or adds or override.is_delete() or value is None:
+            return None
+        if isinstance(value, dict):
+            inside = (f"{key}.{k}" for k in _flatten(value))
+            return next((self._unknown(k, files) for k in inside if not _is_open(files, k, targets=False)), None)
+        group = next((c for c in files.hydra.runtime.choices if c.endswith(f"@{key}")), None)
+        if group:
+            return f"{_text(override)}: {key} is a section, whose file is chosen with {group}={show(value)}."
+        some = ", ".join(f"{key}.{k}" for k in list(node)[:4])
+        return f"{_text(override)}: {key} is a section, not a value; set a key of it ({some})."
+
+    def _experiment(self, groups: Sequence[Override], files: DictConfig) -> list[str]:
+        """The keys in an experiment's file that no other file spells; below a ``_target_``, the signature decides."""
+        experiment = files.hydra.runtime.choices.get("experiment")
+        if not experiment:
+            return []
+        added = {o.get_key_element().lstrip("+"): _text(o) for o in groups if o.is_add()}
+        without = {group: text for group, text in (_choices(files) | added).items() if group != "experiment"}
+        base = self._compose(list(without.values()))
+        new = sorted(set(_keys(files)) - set(_keys(base)))
+        top = [key for key in new if not _is_open(base, key) and _is_open(base, key.rpartition(".")[0])]
+        return [f"experiment={experiment}: {self._unknown(key, base)}" for key in top]
+
+    def _unknown(self, key: str, files: DictConfig) -> str:
+        """The sentence for a key that does not exist, with the nearest that do."""
+        head, _, rest = key.partition(".")
+        above = key.rpartition(".")[0]
+        parent = _find(files, above) if above else files
+        if parent is not _NOTHING and not OmegaConf.is_config(parent):
+            return f"Unknown key {key}: {above} is a value ({show(parent)}); write {above}={{...}} to give it keys."
+        known = [k for k in _keys(files) if k.startswith("hydra.") == key.startswith("hydra.")] + list(self.groups())
+        known = [k for k in dict.fromkeys(known) if not f"{key}.".startswith(f"{k}.")]
+        near, sure = _nearest(key, known)
+        elsewhere = self._elsewhere(key, files) if rest and head in files else {}
+        if key in elsewhere:
+            owners = elsewhere[key]
+            place = owners[0].partition("=")[0]
+            same = [k for k in known if k.startswith(f"{head}.") and k.rpartition(".")[2] == key.rpartition(".")[2]]
+            hint = f", which has {' and '.join(same)}" if same else ""
+            return f"Unknown key {key}: it belongs to {' or '.join(owners)}, not to {_chosen(files, place)}{hint}."
+        if not sure and elsewhere:
+            there, sure = _nearest(key, list(elsewhere))
+            near = [f"{k} ({elsewhere[k][0]})" for k in there] if sure else near
+        if sure:
+            return f"Unknown key {key}; did you mean {' or '.join(near)}?"
+        return f"Unknown key {key}; the nearest is {near[0]}, and harmonize train --cfg job prints all."
+
+    def _elsewhere(self, key: str, files: DictConfig) -> dict[str, list[str]]:
+        """Key of the same section -> the other choices (``loss=hybrid``, ``loss@loss.mim=mim``) that have it."""
+        found: dict[str, list[str]] = {}
+        group = key.partition(".")[0]
+        here, choices = set(_keys(files)), _choices(files)
+        for place, chosen in choices.items():
+            outer, _, package = place.partition("@")
+            if outer != group or not key.startswith(f"{package}."[not package :]):
+                continue
+            rest = {g: text for g, text in choices.items() if package or "@" not in g}
+            for name in self._options(group):
+                if name in (chosen.partition("=")[2], choices[group].partition("=")[2]):
+                    continue
+                choice = f"{place}={name}"
+                try:
+                    other = self._compose(list((rest | {place: choice}).values()))
+                except ConfigError:  # a file that needs more than its name is no suggestion
+                    continue
+                for k in set(_keys(other)) - here:
+                    if k.startswith(f"{group}."):
+                        found.setdefault(k, []).append(choice)
+        return found
+
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> its files."""
+        return {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g != "hydra"}
+
+    def _plainly(self, error: Exception) -> str:
+        """One sentence for any other complaint of Hydra."""
+        file = getattr(error, "missing_cfg_file", None)
+        if file:
+            group, _, name = str(file).rpartition("/")
+            options = self._options(group)
+            return f"There is no file {name}.yaml in conf/{group}; set {group}= to one of {', '.join(options)}."
+        parts = [str(e).splitlines()[0].rstrip(".") for e in (error, error.__cause__) if e and str(e)]
+        return ": ".join(parts) + "."
+
+
+def _text(override: Override) -> str:
+    """An override as the user wrote it."""
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _needs_multirun(override: Override) -> str:
+    return f"{_text(override)} is several values: add -m to run each, or write a list as {override.key_or_group}=[...]."
+
+
+def _choices(files: DictConfig) -> dict[str, str]:
+    """Group -> the override that chooses what is chosen."""
+    return {g: f"{g}={c}" for g, c in files.hydra.runtime.choices.items() if c and not g.startswith("hydra/")}
+
+
+def _chosen(files: DictConfig, group: str) -> str:
+    return f"{group}={files.hydra.runtime.choices.get(group)}"
+
+
+def _refuse(problems: Iterable[str | None]) -> None:
+    """Raise what is wrong, if anything is."""
+    found = list(dict.fromkeys(p for p in problems if p))
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: DictConfig, machine: bool = True) -> None:
+    """Find every mistake before anything starts: values, relations, components and their arguments, devices, data.
+
+    What needs no torch comes first, and alone if it finds something.
+
+    Args:
+        config: The composed configuration.
+        machine: Whether this machine is the one that runs it (its devices and its data are looked at).
+
+    Raises:
+        ConfigError: One sentence per mistake, one per line.
+    """
+    plain = to_plain(config)
+    _refuse([*(_missing_devices(plain) if machine else ()), *violations(plain)])
+    _refuse([*_misused(plain["data"], "data"), *(_missing_data(config) if machine else ())])
+    _refuse(_misused(plain))  # last, because the backbone's libraries take the longest to load
+
+
+def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration as dictionaries, lists and values.
+
+    Raises:
+        ConfigError: A value refers to a key that does not exist, or one that must be given is missing.
+    """
+    try:
+        plain = OmegaConf.to_container(
+            config if isinstance(config, DictConfig) else OmegaConf.create(dict(config)),
+            resolve=True,
+            throw_on_missing=True,
+        )
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the configuration"
+        raise ConfigError(f"{key} has no value: {str(error).splitlines()[0]}.") from error
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def _misused(node: Any, path: str = "") -> Iterator[str]:
+    """Every ``_target_`` that cannot be imported, and every key that it does not take."""
+    if isinstance(node, list):
+        for i, child in enumerate(node):
+            yield from _misused(child, f"{path}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        try:
+            target = locate(node["_target_"])
+            parameters = inspect.signature(target).parameters
+        except (ImportError, TypeError, ValueError) as error:
+            yield f"{path}._target_={node['_target_']} cannot be used: {' '.join(str(error).split())}"
+            return
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for key in node:
+            if not key.startswith("_") and not takes_any and _argument(key) not in parameters:
+                known = [name.rstrip("_") for name in parameters]
+                yield f"Unknown key {path}.{key}: {target.__name__} takes no {key}{_did_you_mean(key, known, path)}"
+    for key, child in node.items():
+        yield from _misused(child, f"{path}.{key}" if path else str(key))
+
+
+def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
+    """More devices than there are."""
+    wanted, accelerator = get(plain, "trainer.devices"), get(plain, "trainer.accelerator")
+    if not is_number(wanted, whole=True) or (wanted <= 1 and accelerator != "gpu"):
+        return
+    num_gpus = 0
+    if accelerator in ("gpu", "auto"):
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    num_cores = os.cpu_count() or 1
+    if accelerator == "gpu" and not num_gpus:
+        yield "trainer.accelerator must be cpu or auto, not gpu: there is no GPU here."
+    elif num_gpus and wanted > num_gpus:
+        yield f"trainer.devices must be at most {num_gpus}, the number of GPUs here, not {wanted}."
+    elif not num_gpus and wanted > num_cores:
+        yield f"trainer.devices must be at most {num_cores}, the number of CPU cores here, not {wanted}."
+
+
+def _missing_data(config: DictConfig) -> Iterator[str]:
+    """A data set that is not there; its constructor looks for it and reads no image."""
+    try:
+        instantiate(config.data.dataset)
+    except ConfigError as error:
+        yield str(error)
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+def instantiate(node: DictConfig | Mapping[str, Any], **kwargs: Any) -> Any:
+    """Build the object that a node with a ``_target_`` describes, and everything inside it.
+
+    As ``hydra.utils.instantiate`` (``_target_``, ``_partial_``, ``_args_``), with one rule more: a key that is a Python
+    keyword goes to the argument of that name with an underscore (``lambda`` -> ``lambda_``). Arguments are handed on
+    as they are: Hydra's own would turn a dataclass or a dictionary of modules into configuration nodes.
+
+    Args:
+        node: The node; values in it are handed over as plain containers.
+        **kwargs: Further arguments of the outermost target; they win.
+
+    Returns:
+        The object; with ``_partial_: true`` a function that makes it.
+
+    Raises:
+        ConfigError: The constructor refuses a value; the message starts with the node's place in the configuration.
+
+    >>> instantiate({"_target_": "fractions.Fraction", "numerator": 1}, denominator=4)
+    Fraction(1, 4)
+    """
+    path = (node._get_full_key(None) or "") if isinstance(node, DictConfig) else ""
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    return _build(plain, path, kwargs)
+
+
+def _build(node: Any, path: str, kwargs: Mapping[str, Any] | None = None) -> Any:
+    if isinstance(node, list):
+        return [_build(child, f"{path}[{i}]") for i, child in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    children = {k: _build(child, f"{path}.{k}" if path else k) for k, child in node.items()}
+    if "_target_" not in children:
+        return children
+    target = locate(children.pop("_target_"))
+    is_partial, positional = children.pop("_partial_", False), children.pop("_args_", ())
+    arguments = {_argument(key): value for key, value in children.items()} | dict(kwargs or {})
+    make = partial(_call, target, path)
+    return partial(make, *positional, **arguments) if is_partial else make(*positional, **arguments)
+
+
+def _call(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: Any) -> Any:
+    where = path or target.__qualname__
+    try:
+        inspect.signature(target).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error} of {target.__qualname__}.") from error
+    except ValueError:
+        pass  # some functions written in C have no signature
+    try:
+        return target(*args, **kwargs)
+    except ConfigError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise RuntimeError(f"{where}: building {target.__qualname__} failed") from error
+
+
+def _argument(key: str) -> str:
+    """The argument that a key goes to.
+
+    >>> _argument("lambda"), _argument("width")
+    ('lambda_', 'width')
+    """
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def locate(name: str) -> Any:
+    """The class or function of a dotted name.
+
+    Raises:
+        ImportError: There is no such module, or nothing of that name in it.
+
+    >>> locate("fractions.Fraction").__name__
+    'Fraction'
+    """
+    above, _, attribute = str(name).rpartition(".")
+    if not above:
+        raise ImportError(f"{name!r} is not a dotted name such as package.module.Class")
+    try:
+        owner = importlib.import_module(above)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{above}.".startswith(f"{error.name}."):
+            raise  # the module is there, but needs a package that is not
+        owner = locate(above)
+    if not hasattr(owner, attribute):
+        public = [n for n in vars(owner) if not n.startswith("_")]
+        raise ImportError(f"{above} has no {attribute}{_did_you_mean(attribute, public)}")
+    return getattr(owner, attribute)
+
+
+# ---- run folders ---------------------------------------------------------------------------------------------------
+
+
+def run_dir(config: DictConfig | Mapping[str, Any]) -> Path:
+    """The run folder: ``run.dir``, or a pure function of everything that changes the result.
+
+    The same command therefore finds its own folder again, after a kill or on another day, and two different ones never
+    meet. :data:`NEUTRAL` keys take no part.
+
+    Returns:
+        ``<run.root>/<loss>-<data>-<backbone>-<8 hex digits>`` unless ``run.dir`` is set.
+    """
+    run = to_plain(config)["run"]
+    if run.get("dir"):
+        return Path(run["dir"]).expanduser()
+    text = json.dumps(_result(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path(run["root"]).expanduser() / f"{run.get('name', 'run')}-{digest}"
+
+
+def save_config(config: DictConfig | Mapping[str, Any], path: str | Path) -> None:
+    """Write the resolved configuration as YAML, which :func:`load_config` reads back."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """A configuration as :func:`save_config` wrote it."""
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def changed_keys(
+    old: DictConfig | Mapping[str, Any], new: DictConfig | Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configurations and can change the result: key -> (old, new), None where it is absent.
+
+    >>> changed_keys({"seed": 0, "run": {"root": "a"}}, {"seed": 1, "run": {"root": "b"}})
+    {'seed': (0, 1)}
+    """
+    before, after = _result(old), _result(new)
+    keys = sorted(set(before) | set(after))
+    return {
+        k: (before.get(k), after.get(k)) for k in keys if k not in before or before.get(k) != after.get(k, _NOTHING)
+    }
+
+
+def _result(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, without the neutral keys; 1.0 is 1, so that both name the same run."""
+
+    def canonical(value: Any) -> Any:
+        if isinstance(value, list):
+            return [canonical(v) for v in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    leaves = _flatten(to_plain(config)).items()
+    return {k: canonical(v) for k, v in leaves if not any(k == n or k.startswith(f"{n}.") for n in NEUTRAL)}
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+_NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf; lists and empty sections are leaves.
+
+    >>> _flatten({"a": {"b": 1, "c": [2]}})
+    {'a.b': 1, 'a.c': [2]}
+    """
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _keys(config: DictConfig) -> list[str]:
+    """Every dotted key of a configuration, sections included, nothing resolved."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    leaves = [k for k in _flatten(plain) if not k.rpartition(".")[2].startswith("_")]  # type: ignore[arg-type]
+    sections = {k[:i] for k in leaves for i, c in enumerate(k) if c == "."}
+    return [*leaves, *sorted(sections)]
+
+
+def _find(config: DictConfig, key: str) -> Any:
+    """The node or value at a dotted key (``a.0`` and ``a[0]`` go into lists), or ``_NOTHING``."""
+    node: Any = config
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        if isinstance(node, DictConfig) and not node._is_none() and part in node:
+            node = node._get_node(part)
+        elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
+            node = node._get_node(int(part))
+        else:
+            return _NOTHING
+    return node if OmegaConf.is_config(node) else node._value()
+
+
+def _is_open(config: DictConfig, key: str, targets: bool = True) -> bool:
+    """Whether a key exists or something above it may take it: a value (such as a schedule) or a ``_target_``."""
+    node: Any = config
+    for part in filter(None, key.split(".")):
+        if not isinstance(node, DictConfig) or (targets and "_target_" in node):
+            return True
+        if part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _nearest(word: str, known: Sequence[str], count: int = 3) -> tuple[list[str], bool]:
+    """The keys that a word may have meant, best first, and whether they are near enough to ask.
+
+    >>> _nearest("lambda", ["loss.lambda", "data.root"]), _nearest("loss.lamda", ["loss.lambda", "data.root"])
+    ((['loss.lambda'], True), (['loss.lambda'], True))
+    """
+    last = word.rpartition(".")[2]
+    by_likeness = sorted(known, key=lambda k: difflib.SequenceMatcher(None, word, k).ratio(), reverse=True)
+    same_name = [k for k in by_likeness if k.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(word, [k for k in known if k.count(".") == word.count(".")], count, cutoff=0.75)
+    names = difflib.get_close_matches(last, list({k.rpartition(".")[2] for k in known}), 1, cutoff=0.75)
+    close_name = [k for k in by_likeness if k.rpartition(".")[2] in names]
+    near = list(dict.fromkeys([*same_name, *close, *close_name]))[:count]
+    return (near, True) if near else (by_likeness[:1], False)
+
+
+def _did_you_mean(word: Any, known: Iterable[str], path: str = "") -> str:
+    """The end of a sentence about a wrong word."""
+    near = difflib.get_close_matches(str(word), list(known), 1, cutoff=0.5)
+    return f"; did you mean {path + '.' if path else ''}{near[0]}?" if near else "."

@@ -1,0 +1,1 @@
+"""Data sets, augmentation recipes and the loaders that make batches of them."""

@@ -1,0 +1,91 @@
+"""Which images make a batch: pure functions of (seed, epoch) for training, a fixed list for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from harmonize.functional.seeding import mix_int
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Training batches of (epoch, index) pairs, so that workers which live for many epochs know the epoch.
+
+    Every epoch is cut into global batches of ``batch_size * accumulate * world_size`` images; each rank takes a
+    contiguous slice of a global batch and cuts it into ``accumulate`` micro-batches. The images of a global batch thus
+    do not depend on how many ranks and micro-batches share it. What is left at the end of an epoch is dropped.
+
+    Args:
+        num_samples: Size of the training split.
+        batch_size: Images per rank and micro-batch.
+        seed: Seed of the run.
+        rank: This process, 0 ... world_size - 1.
+        world_size: Number of processes.
+        accumulate: Micro-batches per optimiser step.
+        epoch: The epoch to begin with.
+        start: Micro-batches of that first epoch to leave out (a run that resumes in mid-epoch has done them).
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        epoch: int = 0,
+        start: int = 0,
+    ):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.epoch = epoch
+        self._resume = (epoch, start)
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """Itself: lightning looks for ``set_epoch`` at ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on this rank."""
+        return self.num_samples // (self.batch_size * self.accumulate * self.world_size) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(mix_int(self.seed, epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        per_rank = self.batch_size * self.accumulate
+        for batch in range(self._resume[1] if epoch == self._resume[0] else 0, len(self)):
+            step, micro = divmod(batch, self.accumulate)
+            first = (step * self.world_size + self.rank) * per_rank + micro * self.batch_size
+            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+
+
+class ShardedBatchSampler(Sampler[list[int]]):
+    """Evaluation batches: every rank takes each ``world_size``-th image of a list; none is repeated, none is left out.
+
+    Ranks may differ by one image, and so in the number of batches: nothing that synchronises ranks belongs in a batch.
+
+    Args:
+        indices: The images.
+        batch_size: Images per batch.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1):
+        self.indices, self.batch_size = indices[rank::world_size], batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield list(self.indices[first : first + self.batch_size])

@@ -1,0 +1,209 @@
+"""The augmentations of the official pre-training recipes, and the clean view of evaluation.
+
+Each recipe turns a PIL image (mode RGB) into its views: normalised fp32 tensors (3, image_size, image_size). Every
+random number comes from torch's global generator, which the caller seeds.
+
+Sources: MoCo v3 ``moco/loader.py`` and ``main_moco.py``; SimMIM ``data/data_simmim.py``; MAE ``main_pretrain.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from harmonize.types import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, h, w) fp32 with the channel mean and standard deviation of ImageNet taken out.
+
+    >>> to_tensor(Image.new("RGB", (1, 1), "white")).flatten()
+    tensor([2.2489, 2.4286, 2.6400])
+    """
+    # Divides by 255 as the recipes' ToTensor did; v2.ToDtype multiplies by 1/255, which rounds differently.
+    pixels = F.pil_to_tensor(image).float().div_(255)
+    return pixels.sub_(_MEAN).div_(_STD)
+
+
+_MEAN = torch.tensor(IMAGENET_MEAN)[:, None, None]
+_STD = torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+class GaussianBlur:
+    """PIL's Gaussian blur (not torchvision's kernel, which blurs differently).
+
+    Args:
+        sigma: Range that the radius is drawn from, in px.
+        prob: Probability of blurring.
+    """
+
+    def __init__(self, sigma: Sequence[float], prob: float):
+        self.sigma, self.prob = tuple(sigma), prob
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Blur, or not."""
+        if torch.rand(1) >= self.prob:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(*self.sigma).item()))
+
+
+class MoCoV3:
+    """The two views of MoCo v3, which differ in blur and solarisation.
+
+    In this order: random resized crop (bilinear), colour jitter, greyscale, blur, solarisation, horizontal flip.
+
+    Args:
+        image_size: Side of the views, in px.
+        crop_scale: Range of the crop's share of the image area.
+        crop_ratio: Range of the crop's width / height.
+        jitter: Strength of brightness, contrast, saturation and hue jitter.
+        jitter_prob: Probability of the jitter.
+        gray_prob: Probability of greyscale.
+        blur_sigma: Range of the blur radius, in px.
+        blur_prob: Probability of the blur, for view 1 and view 2.
+        solarize_threshold: Values from here up to 255 are inverted.
+        solarize_prob: Probability of solarisation, for view 1 and view 2.
+        flip_prob: Probability of the horizontal flip.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        crop_scale: Sequence[float] = (0.08, 1.0),
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
+        jitter_prob: float = 0.8,
+        gray_prob: float = 0.2,
+        blur_sigma: Sequence[float] = (0.1, 2.0),
+        blur_prob: Sequence[float] = (1.0, 0.1),
+        solarize_threshold: float = 128,
+        solarize_prob: Sequence[float] = (0.0, 0.2),
+        flip_prob: float = 0.5,
+    ):
+        key = "views.moco_v3"
+        for name, prob in {"jitter": jitter_prob, "gray": gray_prob, "flip": flip_prob}.items():
+            _check_probabilities(f"{key}.{name}_prob", [prob], num=1)
+        for name, probs in {"blur": blur_prob, "solarize": solarize_prob}.items():
+            _check_probabilities(f"{key}.{name}_prob", probs, num=2)
+        _check_range(f"{key}.blur_sigma", blur_sigma)
+        if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+            raise ConfigError(f"{key}.jitter={list(jitter)} is not possible: 4 numbers from 0 up, the last at most 0.5")
+        crop = _random_crop(key, image_size, crop_scale, crop_ratio, "bilinear")
+        self.views = [
+            v2.Compose(
+                [
+                    crop,
+                    v2.RandomApply([v2.ColorJitter(*jitter)], p=jitter_prob),
+                    v2.RandomGrayscale(gray_prob),
+                    GaussianBlur(blur_sigma, blur_prob[view]),
+                    v2.RandomSolarize(solarize_threshold, solarize_prob[view]),
+                    v2.RandomHorizontalFlip(flip_prob),
+                    to_tensor,
+                ]
+            )
+            for view in (0, 1)
+        ]
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """Both views of the image."""
+        return self.views[0](image), self.views[1](image)
+
+
+class SimMIM:
+    """The one view of SimMIM: a mild random resized crop and a horizontal flip.
+
+    Args:
+        image_size: Side of the view, in px.
+        crop_scale: Range of the crop's share of the image area.
+        crop_ratio: Range of the crop's width / height.
+        interpolation: ``bilinear`` or ``bicubic``.
+        flip_prob: Probability of the horizontal flip.
+    """
+
+    _key = "views.simmim"
+
+    def __init__(
+        self,
+        image_size: int,
+        crop_scale: Sequence[float] = (0.67, 1.0),
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bilinear",
+        flip_prob: float = 0.5,
+    ):
+        _check_probabilities(f"{self._key}.flip_prob", [flip_prob], num=1)
+        crop = _random_crop(self._key, image_size, crop_scale, crop_ratio, interpolation)
+        self.view = v2.Compose([crop, v2.RandomHorizontalFlip(flip_prob), to_tensor])
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor]:
+        """The view of the image."""
+        return (self.view(image),)
+
+
+class MAE(SimMIM):
+    """The one view of MAE: a random resized crop (bicubic) and a horizontal flip; arguments as in ``SimMIM``."""
+
+    _key = "views.mae"
+
+    def __init__(
+        self,
+        image_size: int,
+        crop_scale: Sequence[float] = (0.2, 1.0),
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bicubic",
+        flip_prob: float = 0.5,
+    ):
+        super().__init__(image_size, crop_scale, crop_ratio, interpolation, flip_prob)
+
+
+class Evaluation:
+    """The clean view: the shorter side resized (bicubic), the centre cropped to a square.
+
+    Args:
+        image_size: Side of the view, in px.
+        eval_crop: Share of the resized shorter side that the crop keeps; 0.875 is the usual 224 of 256.
+    """
+
+    _MAX_ASPECT = 16  # a 1 x 30,000 px image would otherwise be resized to gigabytes before the crop
+
+    def __init__(self, image_size: int, eval_crop: float):
+        if not 0 < eval_crop <= 1:
+            raise ConfigError(f"data.eval_crop={eval_crop} is not possible: a number above 0 and at most 1 is needed")
+        self.resize = v2.Resize(int(image_size / eval_crop + 1e-6), v2.InterpolationMode.BICUBIC)
+        self.crop = v2.CenterCrop(image_size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The view (3, image_size, image_size) of the image."""
+        longest = self._MAX_ASPECT * min(image.size)
+        if max(image.size) > longest:
+            image = F.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+        return to_tensor(self.crop(self.resize(image)))
+
+
+def _random_crop(
+    key: str, image_size: int, scale: Sequence[float], ratio: Sequence[float], interpolation: str
+) -> v2.RandomResizedCrop:
+    _check_range(f"{key}.crop_scale", scale, highest=1)
+    _check_range(f"{key}.crop_ratio", ratio)
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ConfigError(f"{key}.interpolation={interpolation} is not known: bilinear or bicubic is needed")
+    return v2.RandomResizedCrop(image_size, tuple(scale), tuple(ratio), v2.InterpolationMode(interpolation))
+
+
+def _check_range(key: str, value: Sequence[float], highest: float = float("inf")) -> None:
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= highest:
+        limit = "" if highest == float("inf") else f" and at most {highest}"
+        raise ConfigError(f"{key}={list(value)} is not possible: [lowest, highest] above 0{limit} is needed")
+
+
+def _check_probabilities(key: str, values: Sequence[float], num: int) -> None:
+    if len(values) != num or not all(0 <= prob <= 1 for prob in values):
+        needed = "a probability is" if num == 1 else f"{num} probabilities, one for each view, are"
+        raise ConfigError(f"{key}={', '.join(map(str, values))} is not possible: {needed} needed")

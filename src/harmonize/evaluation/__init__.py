@@ -1,0 +1,1 @@
+"""Evaluation of frozen features: one protocol per file, all on the features of ``features.py``."""

@@ -1,0 +1,156 @@
+"""The frozen feature: one function makes it, for fitting and for scoring alike.
+
+Probes that are fitted on one feature (say patch means of masked images in train mode) and scored on another are a
+common fault of this field; here a feature has one name, :class:`~harmonize.types.FeatureSpec`, and one way to be
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from harmonize.functional.distributed import gather, world_size
+from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec
+
+POOLS = ("cls", "patch_mean", "cls_patch_mean")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a list of images, in the order of their indices, each image once.
+
+    Attributes:
+        x: (M, F) fp32.
+        label: (M,) int64, -1 where there is none.
+        index: (M,) int64, ascending.
+        spec: What ``x`` is.
+    """
+
+    x: Tensor
+    label: Tensor
+    index: Tensor
+    spec: FeatureSpec
+
+
+def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:
+    """The feature that ``spec`` means for this encoder: layer counted from 1, pooling that the encoder offers.
+
+    Without a class token ``cls_patch_mean`` is ``patch_mean``.
+
+    Raises:
+        ConfigError: No such layer, no such pooling, or ``cls`` asked of an encoder without a class token.
+
+    >>> encoder = EncoderSpec(8, 4, 2, (32, 32), 8, (4, 4), num_prefix_tokens=0, has_class_token=False)
+    >>> resolve(FeatureSpec(), encoder)
+    FeatureSpec(layer=4, pool='patch_mean', norm=True)
+    """
+    layer = encoder.depth if spec.layer == -1 else spec.layer
+    if not 1 <= layer <= encoder.depth:
+        raise ConfigError(f"feature.layer={spec.layer} must be -1 (last) or a block in 1 ... {encoder.depth}.")
+    if spec.pool not in POOLS:
+        raise ConfigError(f"feature.pool={spec.pool} must be one of {', '.join(POOLS)}.")
+    pool = spec.pool
+    if not encoder.has_class_token:
+        if pool == "cls":
+            raise ConfigError("feature.pool=cls needs an encoder with a class token; this one offers patch_mean.")
+        pool = "patch_mean"
+    return replace(spec, layer=layer, pool=pool)
+
+
+@torch.no_grad()
+def pooled_features(encoder: nn.Module, images: Tensor, spec: FeatureSpec) -> Tensor:
+    """Features (B, F) fp32 of images (B, 3, h, w), in eval mode, whatever autocast or precision surrounds the call.
+
+    Raises:
+        ConfigError: See :func:`resolve`.
+        RuntimeError: Some part of the encoder is in train mode.
+    """
+    if any(module.training for module in encoder.modules()):
+        raise RuntimeError("Features are read in eval mode: call encoder.eval() first.")
+    shape: EncoderSpec = encoder.spec  # type: ignore[assignment]
+    spec = resolve(spec, shape)
+    with torch.autocast(images.device.type, enabled=False):
+        tokens = next(islice(encoder.iter_blocks(images.float()), spec.layer - 1, None))  # type: ignore[operator]
+        if spec.norm:
+            tokens = encoder.final_norm(tokens)  # type: ignore[operator]
+        parts = []
+        if spec.pool != "patch_mean":
+            parts.append(tokens[:, 0])
+        if spec.pool != "cls":
+            parts.append(tokens[:, shape.num_prefix_tokens :].mean(1))
+        return torch.cat(parts, dim=1).float()
+
+
+class FeatureCollector:
+    """Features of a list of images, batch by batch and rank by rank.
+
+    Args:
+        encoder: In eval mode.
+        spec: The feature.
+    """
+
+    def __init__(self, encoder: nn.Module, spec: FeatureSpec) -> None:
+        self.encoder, self.spec = encoder, resolve(spec, encoder.spec)  # type: ignore[arg-type]
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(self, batch: Batch) -> None:
+        """Add the clean view of one batch."""
+        if batch.image is None:
+            raise ValueError("Features are read from Batch.image, the clean view, which this batch lacks.")
+        self._parts.append((pooled_features(self.encoder, batch.image, self.spec), batch.label, batch.index))
+
+    def compute(self) -> Features:
+        """All features of all ranks; every rank must call it and receives the same."""
+        if self._parts:
+            columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]
+        else:  # more ranks than batches: this one has nothing to add but must take part
+            device = next(self.encoder.parameters()).device
+            shape: EncoderSpec = self.encoder.spec  # type: ignore[assignment]
+            width = shape.width * (2 if self.spec.pool == "cls_patch_mean" else 1)
+            columns = [torch.zeros(0, width, device=device), *(torch.zeros(0, dtype=torch.int64, device=device),) * 2]
+        x, label, index = (_gather_rows(column) for column in columns)
+        # An image that two ranks have both seen counts once: of equal indices keep the first.
+        order = index.argsort(stable=True)
+        new = torch.ones_like(order, dtype=torch.bool)
+        new[1:] = index[order][1:] != index[order][:-1]
+        keep = order[new]
+        return Features(x[keep], label[keep], index[keep], self.spec)
+
+
+def extract(encoder: nn.Module, loader: Iterable[Batch], spec: FeatureSpec, device: torch.device | str) -> Features:
+    """Features of every image of a loader.
+
+    Args:
+        encoder: In eval mode, on ``device``.
+        loader: Batches with a clean view; each rank its own share (shares may differ in length).
+        spec: The feature.
+        device: Where to compute; the result stays there.
+
+    Raises:
+        ConfigError: See :func:`resolve`.
+        RuntimeError: The encoder is in train mode.
+    """
+    collector = FeatureCollector(encoder, spec)
+    for batch in loader:
+        if batch.image is None:
+            raise ValueError("Features are read from Batch.image, the clean view, which this loader does not give.")
+        collector.update(
+            replace(batch, image=batch.image.to(device), label=batch.label.to(device), index=batch.index.to(device))
+        )
+    return collector.compute()
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order; ranks may hold different numbers of them."""
+    if world_size() == 1:
+        return rows
+    lengths = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = gather(padded).split(max(lengths))
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -1,0 +1,411 @@
+"""What the values of a configuration must satisfy: a table of single values, then a table of relations between them.
+
+Works on plain containers and needs neither Hydra nor torch, so that a mistake is named within a second. A key that a
+configuration does not have (``loss.lambda`` under ``loss=mim``) is not asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+SECTIONS = ("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger")
+
+
+def show(value: Any) -> str:
+    """A value as one would type it.
+
+    >>> show(None), show(True), show("a"), show("1"), show([1, 2.5]), show({"a": None})
+    ('null', 'true', 'a', "'1'", '[1, 2.5]', '{a: null}')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"|true|false|null|[-+.]?\d.*|\s.*|.*\s", value):
+        return f"'{value}'"  # so that it is not taken for what it looks like
+    return str(value)
+
+
+# ---- one value -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A test of one value, and the words for what passes it."""
+
+    passes: Callable[[Any], bool]
+    allowed: str
+
+    def __or__(self, other: Rule) -> Rule:
+        return Rule(lambda v: self.passes(v) or other.passes(v), f"{self.allowed} or {other.allowed}")
+
+
+def is_number(value: Any, whole: bool = False) -> bool:
+    """Whether a value is a finite number (a boolean is not one).
+
+    >>> is_number(0.2), is_number(True), is_number("0.2"), is_number(float("nan")), is_number(2.5, whole=True)
+    (True, False, False, False, False)
+    """
+    kind = int if whole else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(interval: str, whole: bool = False) -> Rule:
+    """A finite number in an interval such as ``[0, 1)``, whose square brackets include the bound.
+
+    >>> number("[0, 1)").passes(1)
+    False
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+
+    def passes(value: Any) -> bool:
+        if not is_number(value, whole):
+            return False
+        above = value >= low if interval[0] == "[" else value > low
+        return above and (value <= high if interval[-1] == "]" else value < high)
+
+    kind = "a whole number" if whole else "a number"
+    if high < math.inf:
+        return Rule(passes, f"{kind} in {interval}")
+    return Rule(passes, f"{kind} of at least {low:g}" if interval[0] == "[" else f"{kind} above {low:g}")
+
+
+def whole(at_least: int) -> Rule:
+    """A whole number with a lower bound."""
+    return number(f"[{at_least}, inf)", whole=True)
+
+
+def one_of(*choices: Any) -> Rule:
+    """One of several words or numbers; a boolean never passes for 0 or 1."""
+    *most, last = dict.fromkeys(map(show, choices))
+    words = f"{', '.join(most)} or {last}" if most else last
+    return Rule(lambda v: any(v == c and type(v) is type(c) for c in choices), words)
+
+
+def list_of(rule: Rule, length: int | None = None) -> Rule:
+    """A list whose members all pass."""
+
+    def passes(value: Any) -> bool:
+        return isinstance(value, list) and length in (None, len(value)) and all(map(rule.passes, value))
+
+    return Rule(passes, f"a list of {length or 'values'}, each {rule.allowed}")
+
+
+def is_weight(value: Any) -> bool:
+    """A weight in [0, 1] or a schedule: ``{schedule: linear | cosine | step, start, end}``, for step also ``at``."""
+    if not isinstance(value, Mapping):
+        return SHARE.passes(value)
+    at = {"at"} if value.get("schedule") == "step" else set()
+    return (
+        value.get("schedule") in ("linear", "cosine", "step")
+        and {"schedule", "start", "end"} <= set(value) <= {"schedule", "start", "end"} | at
+        and all(SHARE.passes(v) for key, v in value.items() if key != "schedule")
+    )
+
+
+SHARE = number("[0, 1]")
+INSIDE = number("(0, 1)")
+POSITIVE = number("(0, inf)")
+NOT_NEGATIVE = number("[0, inf)")
+NULL = Rule(lambda v: v is None, "null")
+BOOL = one_of(True, False)
+TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
+PATH = Rule(lambda v: isinstance(v, str) and v != "", "a path")
+
+VALUES: dict[str, Rule] = {
+    "seed": whole(0),
+    "run.dir": PATH | NULL,
+    "run.root": PATH,
+    "run.fresh": BOOL,
+    "data.root": PATH | NULL,
+    "data.image_size": whole(1) | list_of(whole(1), 2),
+    "data.patch_size": whole(1),
+    "data.batch_size": whole(1),
+    "data.num_workers": whole(0),
+    "data.num_train": whole(1) | NULL,
+    "data.num_val": whole(1) | NULL,
+    "data.eval_crop": number("(0, 1]"),
+    "backbone.patch_size": whole(1),
+    "backbone.width": whole(1),
+    "backbone.depth": whole(1),
+    "backbone.num_heads": whole(1),
+    "backbone.num_registers": whole(0),
+    "backbone.drop_path": number("[0, 1)"),
+    "backbone.layer_scale": POSITIVE | NULL,
+    "loss.lambda": Rule(
+        is_weight,
+        "a number in [0, 1] or a schedule of such, as in {schedule: linear, start: 0, end: 1} (linear or cosine) "
+        "or {schedule: step, start: 0, end: 1, at: 0.5}",
+    ),
+    **{
+        f"{loss}.{key}": rule
+        for loss in ("loss", "loss.contrastive", "loss.mim")
+        for key, rule in {
+            "temperature": POSITIVE,
+            "momentum": SHARE,
+            "hidden_dim": whole(1),
+            "out_dim": whole(1),
+            "projector_layers": whole(1),
+            "predictor_layers": whole(1),
+            "mask_ratio": INSIDE,
+            "mask_unit": whole(1) | NULL,
+            "decoder_width": whole(1),
+            "decoder_depth": whole(1),
+            "decoder_heads": whole(1),
+        }.items()
+    },
+    "optimizer.lr": POSITIVE,
+    "optimizer.lr_batch": whole(1) | NULL,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.betas": list_of(number("[0, 1)"), 2),
+    "optimizer.eps": POSITIVE,
+    "optimizer.no_decay": list_of(TEXT),
+    "optimizer.clip": POSITIVE | NULL,
+    "schedule.warmup": number("[0, 1)"),
+    "schedule.warmup_lr": SHARE,
+    "schedule.decay": one_of("cosine", "multistep", "constant"),
+    "schedule.min_lr": SHARE,
+    "schedule.milestones": list_of(INSIDE),
+    "schedule.gamma": number("(0, 1]"),
+    "trainer.max_epochs": whole(1) | NULL,
+    "trainer.max_steps": whole(1) | NULL,
+    "trainer.accelerator": one_of("auto", "cpu", "gpu"),
+    "trainer.devices": whole(1),
+    "trainer.num_nodes": whole(1),
+    "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16").passes, "32, bf16 or fp16"),
+    "trainer.accumulate": whole(1),
+    "trainer.log_every_n_steps": whole(1),
+    "trainer.val_every_n_epochs": whole(1),
+    "trainer.limit_train_batches": whole(1) | NULL,
+    "trainer.limit_val_batches": whole(1) | NULL,
+    "trainer.deterministic": BOOL,
+    "trainer.progress": one_of("auto", True, False),
+    "callbacks.probe.feature.layer": whole(1) | one_of(-1),
+    "callbacks.probe.feature.pool": one_of("cls", "patch_mean", "cls_patch_mean"),
+    "callbacks.probe.feature.norm": BOOL,
+    "callbacks.probe.num_train": whole(1),
+    "callbacks.probe.num_val": whole(1),
+    "callbacks.probe.k": whole(1),
+    "callbacks.probe.temperature": POSITIVE,
+    "callbacks.gradient_norms.every_n_steps": whole(1),
+    "logger.name": one_of("wandb", "csv"),
+    "logger.mode": one_of("auto", "online", "offline"),
+}
+
+
+# ---- relations: (the keys, a function of their values that names what is wrong) ------------------------------------
+
+
+def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+
+
+def patch_divides_image(image_size: Any, patch: int) -> str | None:
+    """The image is a whole number of patches."""
+    if min(_sides(image_size)) < patch:
+        return f"data.image_size must be at least backbone.patch_size ({patch} px), not {show(image_size)}"
+    if any(side % patch for side in _sides(image_size)):
+        return (
+            f"backbone.patch_size must divide data.image_size ({show(image_size)} px), which {patch} does not; "
+            f"possible: {_divisors(*_sides(image_size))}"
+        )
+    return None
+
+
+def backbone_sees_the_data(backbone_size: Any, data_size: Any) -> str | None:
+    """The encoder is built for the images that it gets."""
+    if _sides(backbone_size) != _sides(data_size):
+        return (
+            f"backbone.image_size must be data.image_size ({show(data_size)}), not {show(backbone_size)}: "
+            "set data.image_size alone"
+        )
+    return None
+
+
+def mask_unit_fits(key: str) -> Callable[[Any, int, int | None], str | None]:
+    """SimMIM's masked blocks are whole patches and tile the image."""
+
+    def check(image_size: Any, patch: int, unit: int | None) -> str | None:
+        sides = _sides(image_size)
+        if any(side % patch for side in sides):
+            return None  # reported already
+        value = f"{unit}" if unit else f"null, which means two patches or {2 * patch} px,"
+        side = unit or 2 * patch
+        if side % patch == 0 and not any(s % side for s in sides):
+            return None
+        fits = [d for d in range(patch, min(sides) + 1, patch) if not any(s % d for s in sides)]
+        return (
+            f"{key} must be a multiple of backbone.patch_size ({patch} px) that divides data.image_size "
+            f"({show(image_size)} px), which {value} is not; possible: {', '.join(map(str, fits))}"
+        )
+
+    return check
+
+
+def something_stays_visible(key: str) -> Callable[[bool, float, Any, int], str | None]:
+    """MAE's encoder sees at least one patch, and at least one is hidden."""
+
+    def check(_: bool, ratio: float, image_size: Any, patch: int) -> str | None:
+        if any(side % patch for side in _sides(image_size)):
+            return None  # reported already
+        num = math.prod(side // patch for side in _sides(image_size))
+        kept = int(num * (1 - ratio))
+        if 0 < kept < num:
+            return None
+        return f"{key} must leave some of the {num} patches visible and hide some, not keep {kept} as {ratio} does"
+
+    return check
+
+
+def decoder_heads_divide(prefix: str) -> Callable[[int, int], str | None]:
+    """The decoder's attention heads have a whole width, and its positions four equal parts."""
+
+    def check(width: int, heads: int) -> str | None:
+        if width % heads or width % 4:
+            return f"{prefix}.decoder_width must be divisible by 4 and by {prefix}.decoder_heads ({heads}), not {width}"
+        return None
+
+    return check
+
+
+def parts_differ(loss: str, contrastive: str, mim: str) -> str | None:
+    """The hybrid joins two different objectives, and not itself."""
+    if len({loss, contrastive, mim}) < 3:
+        return "loss@loss.mim must choose a masked-image-modelling loss (mim or mae) and loss@loss.contrastive another"
+    return None
+
+
+def heads_divide_width(width: int, heads: int) -> str | None:
+    """Attention heads have a whole width."""
+    return f"backbone.num_heads must divide backbone.width ({width}), which {heads} does not" if width % heads else None
+
+
+def sincos_needs_four_parts(width: int, positions: str) -> str | None:
+    """Sin-cos positions have four parts: sine and cosine of row and column."""
+    if str(positions).startswith("sincos") and width % 4:
+        return f"backbone.width must be divisible by 4 with backbone.positions={positions}, not {width}"
+    return None
+
+
+def batch_splits(batch: int, devices: int, nodes: int, accumulate: int) -> str | None:
+    """The global batch is the same number of images in every micro-batch of every device."""
+    parts = devices * nodes * accumulate
+    if batch % parts:
+        return (
+            f"data.batch_size must be divisible by trainer.devices x trainer.num_nodes x trainer.accumulate "
+            f"({devices} x {nodes} x {accumulate} = {parts}), which {batch} is not"
+        )
+    return None
+
+
+def contrast_needs_two(
+    _: float, batch: int, devices: int, nodes: int, accumulate: int, weight: Any = 1.0
+) -> str | None:
+    """A contrastive micro-batch has another image to contrast with (and batch norm something to average)."""
+    parts = devices * nodes * accumulate
+    if batch // parts >= 2 or weight == 0:
+        return None
+    return (
+        f"data.batch_size must be at least {2 * parts} for the contrastive loss: two images in every micro-batch "
+        f"of every device, not {batch}"
+    )
+
+
+def enough_for_a_batch(num_train: int | None, batch: int) -> str | None:
+    """An epoch has at least one full batch."""
+    if num_train is not None and num_train < batch:
+        return f"data.batch_size must be at most data.num_train ({num_train}), not {batch}"
+    return None
+
+
+def some_length(epochs: int | None, steps: int | None) -> str | None:
+    """A run has an end."""
+    if epochs is None and steps is None:
+        return "trainer.max_epochs must be a whole number of at least 1 when trainer.max_steps is null, not null"
+    return None
+
+
+def layer_exists(layer: int, depth: int) -> str | None:
+    """The probed block exists."""
+    if layer > depth:
+        return f"callbacks.probe.feature.layer must be -1 or at most backbone.depth ({depth}), not {layer}"
+    return None
+
+
+IMAGE = ("data.image_size", "backbone.patch_size")
+BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes", "trainer.accumulate")
+RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
+    (IMAGE, patch_divides_image),
+    (("backbone.image_size", "data.image_size"), backbone_sees_the_data),
+    *(((*IMAGE, f"{p}.mask_unit"), mask_unit_fits(f"{p}.mask_unit")) for p in ("loss", "loss.mim")),
+    *(
+        ((f"{p}.norm_pix_loss", f"{p}.mask_ratio", *IMAGE), something_stays_visible(f"{p}.mask_ratio"))
+        for p in ("loss", "loss.mim")
+    ),
+    *(((f"{p}.decoder_width", f"{p}.decoder_heads"), decoder_heads_divide(p)) for p in ("loss", "loss.mim")),
+    (("loss._target_", "loss.contrastive._target_", "loss.mim._target_"), parts_differ),
+    (("backbone.width", "backbone.num_heads"), heads_divide_width),
+    (("backbone.width", "backbone.positions"), sincos_needs_four_parts),
+    (BATCH, batch_splits),
+    (("loss.temperature", *BATCH), contrast_needs_two),
+    (("loss.contrastive.temperature", *BATCH, "loss.lambda"), contrast_needs_two),
+    (("data.num_train", "data.batch_size"), enough_for_a_batch),
+    (("trainer.max_epochs", "trainer.max_steps"), some_length),
+    (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
+]
+
+
+# ---- both tables ---------------------------------------------------------------------------------------------------
+
+_ABSENT = object()
+
+
+def get(config: Config, key: str) -> Any:
+    """The value at a dotted key, or a sentinel that no rule passes on."""
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return _ABSENT
+        node = node[part]
+    return node
+
+
+def violations(config: Config) -> Iterator[str]:
+    """One sentence for every rule that a configuration breaks.
+
+    Args:
+        config: The resolved configuration as plain containers.
+
+    >>> list(violations({"seed": -1}))[-1]
+    'seed must be a whole number of at least 0, not -1.'
+    """
+    for section in SECTIONS:
+        if not isinstance(config.get(section), Mapping):
+            yield f"{section} must be a section with keys, not {show(config.get(section))}."
+    failed = set()
+    for key, rule in VALUES.items():
+        value = get(config, key)
+        if value is not _ABSENT and not rule.passes(value):
+            failed.add(key)
+            yield f"{key} must be {rule.allowed}, not {show(value)}."
+    for keys, relation in RELATIONS:
+        values = [get(config, key) for key in keys]
+        if any(v is _ABSENT for v in values) or failed & set(keys):
+            continue
+        problem = relation(*values)
+        if problem:
+            yield f"{problem}."
+
+
+def _divisors(height: int, width: int) -> str:
+    divisors = [d for d in range(1, min(height, width) + 1) if height % d == 0 and width % d == 0]
+    return ", ".join(map(str, [d for d in divisors if d >= 4][:6] or divisors))

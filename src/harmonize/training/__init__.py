@@ -1,0 +1,1 @@
+"""Training: the only part that knows lightning. ``run.py`` wires everything."""

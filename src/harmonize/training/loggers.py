@@ -1,0 +1,245 @@
+"""Where metrics go: JSON lines in the run folder always, Weights & Biases as a mirror that may fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def record(trainer: pl.Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Hand metrics to every logger; ``step`` counts finished optimiser steps (default: now)."""
+    step = trainer.global_step if step is None else step
+    for logger in trainer.loggers if metrics else ():
+        logger.log_metrics(dict(metrics), step)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all; NaN and infinities become null, which JSON lacks a word for."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(_plain(value), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class JsonLogger(Logger):
+    """The run folder's own record.
+
+    ``metrics.jsonl`` holds one object per row, ``metrics.json`` the latest value of every metric. A resumed run drops
+    the rows beyond its checkpoint, so that the file reads as if it had never been interrupted.
+
+    Args:
+        folder: The run folder.
+        resume_step: Optimiser step of the checkpoint that the run resumes from; 0: all rows are dropped.
+
+    Attributes:
+        latest: The latest value of every metric, and ``step``.
+        now: What has been logged at the latest step.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        super().__init__()
+        self.folder = folder
+        self.latest: dict[str, Any] = {}
+        self.now: dict[str, Any] = {}
+        self.rows = folder / "metrics.jsonl"
+        self._rewind(resume_step)
+
+    @rank_zero_only
+    def _rewind(self, step: int) -> None:
+        kept = [row for row in read_rows(self.rows) if 0 < step >= row["step"]]
+        temporary = self.rows.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.rows)
+        for row in kept:
+            self.latest.update(row)
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "json"
+
+    @property
+    def version(self) -> str:
+        """The run folder's name."""
+        return self.folder.name
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row."""
+        row = {"step": step, **{name: _plain(float(value)) for name, value in metrics.items()}}
+        if step != self.latest.get("step"):
+            self.now = {}
+        self.now.update(row)
+        self.latest.update(row)
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: ``config.yaml`` is written before training."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write ``metrics.json``."""
+        write_json(self.folder / "metrics.json", self.latest)
+
+
+def json_logger(trainer: pl.Trainer) -> JsonLogger | None:
+    """The run folder's own logger, if the trainer has one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, JsonLogger)), None)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+class Wandb(WandbLogger):
+    """Weights & Biases that never stops a run: the first failure ends the mirroring with a warning.
+
+    Args:
+        folder: The run folder; the run's id is a function of it, so that a resumed run continues its own W&B run.
+        project: W&B project.
+        entity: W&B entity, or None for the default one.
+        mode: ``auto`` (online with an API key, else offline), ``online`` or ``offline``.
+        config: The resolved configuration, logged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str = "harmonize",
+        entity: str | None = None,
+        mode: str = "auto",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.failed = False
+        self.mode = os.environ.get("WANDB_MODE") or (
+            ("online" if has_api_key() else "offline") if mode == "auto" else mode
+        )
+        super().__init__(
+            name=folder.name,
+            save_dir=folder,
+            project=project,
+            entity=entity,
+            id=run_id(folder),
+            config=dict(config or {}),
+            mode=self.mode,
+            settings=_settings(),
+        )
+        self._wandb_init.pop("anonymous", None)  # lightning passes it on; newer W&B warns of it
+
+    @rank_zero_only
+    def start(self) -> None:
+        """Open the W&B run now, so that a failure shows at the start; without a server go on offline."""
+        try:
+            _ = self.experiment
+        except Exception as error:  # whatever W&B may raise, training goes on
+            if self.mode != "online":
+                self._give_up(error)
+                return
+            warnings.warn(f"W&B cannot be reached ({_short(error)}); logging offline instead.", stacklevel=1)
+            self.mode = self._wandb_init["mode"] = "offline"
+            self.start()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Mirror one row, unless W&B has failed before."""
+        if self.failed:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever W&B may raise, training goes on
+            self._give_up(error)
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: the configuration is given to ``wandb.init``."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Nothing: see :meth:`finish`; no checkpoint is uploaded."""
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the W&B run, so that the next one of this process does not continue it."""
+        try:
+            if self._experiment is not None:
+                self._experiment.finish(exit_code=exit_code)
+        except Exception as error:  # whatever W&B may raise, the run's result stands
+            self._give_up(error)
+        self._experiment = None
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        warnings.warn(
+            f"W&B failed ({_short(error)}); training goes on, metrics.jsonl has every value.",
+            stacklevel=1,
+        )
+
+
+def run_id(folder: Path) -> str:
+    """W&B run id of a run folder: a function of its path, in the letters that W&B allows.
+
+    >>> run_id(Path("/runs/hybrid-shapes-1a2b"))
+    'hybrid-shapes-1a2b-af93fd79'
+    """
+    from zlib import crc32
+
+    path = str(folder.absolute())
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', folder.name)[-100:]}-{crc32(path.encode()):08x}"
+
+
+def has_api_key() -> bool:
+    """Whether W&B finds credentials in the environment or in a netrc file; asks nobody and contacts no server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for candidate in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if candidate and netrc.netrc(os.path.expanduser(candidate)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _settings() -> Any:
+    import wandb
+
+    # Our own lines say what happens; the console and the code are in the run folder already.
+    return wandb.Settings(silent=True, init_timeout=60, console="off", disable_git=True, disable_code=True)
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with None for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

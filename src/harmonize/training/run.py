@@ -1,0 +1,410 @@
+"""``train(cfg)``: from a checked configuration to a trained encoder in its run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from harmonize.config import changed_keys, instantiate, load_config, run_dir, save_config, to_plain
+from harmonize.data.module import DataModule
+from harmonize.functional.seeding import mix_int
+from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from harmonize.training.callbacks.gradient_norms import GradientNorms
+from harmonize.training.callbacks.metrics import StepMetrics
+from harmonize.training.callbacks.probe import OnlineProbe
+from harmonize.training.callbacks.progress import ProgressDisplay
+from harmonize.training.callbacks.speed import Speed
+from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, write_json
+from harmonize.training.module import PretrainModule
+from harmonize.types import ConfigError
+
+PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+PACKAGES = ("harmonize", "torch", "torchvision", "timm", "lightning", "hydra-core", "torchmetrics", "wandb", "numpy")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A readable checkpoint of the run folder.
+
+    Attributes:
+        path: The file.
+        step: Its optimiser step.
+        shapes: Name -> shape of every tensor of its ``state_dict``.
+    """
+
+    path: Path
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train, or go on training, the run that a configuration describes.
+
+    Args:
+        cfg: A configuration that ``check_config`` has passed.
+
+    Returns:
+        The latest value of every metric (``metrics.json``).
+
+    Raises:
+        ConfigError: The configuration contradicts the data or what the run folder holds; nothing has been written.
+    """
+    console = Console(quiet=_rank() != 0, soft_wrap=True, highlight=False)
+    folder = run_dir(cfg).absolute()
+    with _plain_output(), warnings.catch_warnings():
+        _quiet_lightning()
+        if not cfg.run.fresh and (done := _finished(folder, cfg)):
+            console.print(f"This run is finished (run.fresh=true starts it anew): {folder}")
+            _print_table(console, done, folder)
+            return done
+        return _train(cfg, folder, console)
+
+
+def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    config = to_plain(cfg)
+    trainer_config = config["trainer"]
+    world_size = trainer_config["devices"] * trainer_config["num_nodes"]
+    resume = None if cfg.run.fresh else find_checkpoint(folder)
+
+    torch.manual_seed(mix_int(cfg.seed))
+    encoder = instantiate(cfg.backbone)
+    objective = instantiate(cfg.loss, encoder=encoder)
+    data = DataModule(
+        instantiate(cfg.data.dataset),
+        {name: instantiate(recipe) for name, recipe in cfg.views.items()},
+        objective.required_views,
+        image_size=cfg.data.image_size,
+        batch_size=cfg.data.batch_size,
+        num_workers=cfg.data.num_workers,
+        seed=cfg.seed,
+        eval_crop=cfg.data.eval_crop,
+        accumulate=cfg.trainer.accumulate,
+        world_size=world_size,
+        rank=_rank(),
+    )
+    steps_per_epoch, total_steps = _length(data.steps_per_epoch, trainer_config)
+    module = PretrainModule(
+        encoder,
+        objective,
+        optimizer=config["optimizer"],
+        schedule=config["schedule"],
+        global_batch=cfg.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        seed=cfg.seed,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        config=config,
+    )
+    if resume is not None:
+        _same_architecture(resume, module, folder)
+        _note_changes(folder, cfg, console)
+
+    if _rank() == 0:
+        try:
+            _write_run_folder(folder, cfg)
+        except OSError as error:
+            raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}.") from error
+    step = resume.step if resume is not None else 0
+    record = JsonLogger(folder, resume_step=step)
+    wandb = Wandb(folder, **_without(config["logger"], "name"), config=config) if cfg.logger.name == "wandb" else None
+    if wandb is not None:
+        wandb.start()
+        if wandb.mode == "offline" and cfg.logger.mode == "auto" and not has_api_key():
+            console.print("W&B: no API key found, logging offline (wandb sync uploads it; logger=csv turns it off).")
+    failed = True
+    try:
+        if step < total_steps:
+            if resume is not None:
+                console.print(f"Resuming at step {step} of {total_steps} from {resume.path.name}.")
+            _fit(cfg, folder, module, data, resume, record, wandb, console)
+        metrics = {**record.latest, "total_steps": total_steps}
+        if _rank() == 0:
+            write_json(folder / "metrics.json", metrics)
+        failed = False
+    finally:
+        if wandb is not None:
+            wandb.finish(exit_code=int(failed))
+    _print_table(console, metrics, folder)
+    return metrics
+
+
+def _fit(
+    cfg: DictConfig,
+    folder: Path,
+    module: PretrainModule,
+    data: DataModule,
+    resume: Resume | None,
+    record: JsonLogger,
+    wandb: Wandb | None,
+    console: Console,
+) -> None:
+    """Run lightning's loop over what is left of the run."""
+    probe_config: dict[str, Any] = to_plain(cfg.callbacks).get("probe") or {}
+    has_probe = bool(probe_config) and data.classes is not None
+    callbacks: list[pl.Callback] = [Speed()]
+    if cfg.callbacks.get("gradient_norms"):
+        callbacks.append(GradientNorms(**cfg.callbacks.gradient_norms))
+    callbacks.append(StepMetrics())
+    val_loader = None
+    if has_probe:
+        num_train, num_val = probe_config.pop("num_train"), probe_config.pop("num_val")
+        val_loader = data.feature_loader("val", num_val)
+        callbacks.append(OnlineProbe(data.feature_loader("train", num_train), len(data.classes or ()), **probe_config))
+    elif probe_config:
+        console.print("The data have no labels, or one class: k-NN and linear probe are off.")
+    callbacks.append(ProgressDisplay(None if cfg.trainer.progress == "auto" else cfg.trainer.progress, console))
+    callbacks.append(
+        Checkpoints(folder / "checkpoints")
+        if has_probe
+        else Checkpoints(folder / "checkpoints", monitor="epoch/loss", mode="min")
+    )
+    trainer = pl.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        strategy=_strategy(cfg, module.objective),
+        precision=PRECISION[str(cfg.trainer.precision)],
+        accumulate_grad_batches=cfg.trainer.accumulate,
+        max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
+        check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
+        limit_train_batches=cfg.trainer.limit_train_batches,
+        limit_val_batches=cfg.trainer.limit_val_batches,
+        # The sanity check before the first step takes all of it: that is the measurement of the untrained network.
+        num_sanity_val_steps=-1 if resume is None else 0,
+        logger=[record, *([wandb] if wandb is not None else [])],
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+        # Operations that have no deterministic kernel warn instead of ending the run.
+        deterministic="warn" if cfg.trainer.deterministic else False,
+        use_distributed_sampler=False,  # the data module shares out the images
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    step = resume.step if resume is not None else 0
+    epoch, offset = divmod(step, module.steps_per_epoch)
+    try:
+        trainer.fit(
+            module,
+            train_dataloaders=data.train_loader(epoch=epoch, start=offset * cfg.trainer.accumulate),
+            val_dataloaders=val_loader,
+            ckpt_path=resume.path if resume is not None else None,
+            weights_only=True,
+        )
+    except SystemExit:  # lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from None
+
+
+def _length(data_steps: int, trainer: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimiser steps of an epoch and of the whole run.
+
+    >>> _length(100, {"limit_train_batches": None, "accumulate": 1, "max_epochs": 3, "max_steps": None})
+    (100, 300)
+    """
+    limit = trainer["limit_train_batches"]
+    steps = data_steps if limit is None else min(data_steps, -(-limit // trainer["accumulate"]))
+    return steps, trainer["max_steps"] or trainer["max_epochs"] * steps
+
+
+def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
+    """DDP where there are several processes; a scheduled term that is skipped leaves parameters without a gradient."""
+    if cfg.trainer.devices * cfg.trainer.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(find_unused_parameters=bool(getattr(objective, "scheduled", False)))
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(folder: Path) -> Resume | None:
+    """The checkpoint that a run goes on from: ``last.ckpt``, or with a warning ``best.ckpt`` if that cannot be read.
+
+    Raises:
+        ConfigError: There are checkpoints, and none can be read.
+    """
+    unreadable = []
+    for name in ("last.ckpt", "best.ckpt"):
+        path = folder / "checkpoints" / name
+        if not path.exists():
+            continue
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            shapes = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+            resume = Resume(path, checkpoint["global_step"], shapes)
+        except Exception:  # a damaged file raises one of many errors, depending on where it is damaged
+            unreadable.append(name)
+            continue
+        if unreadable:
+            warnings.warn(f"{unreadable[0]} is damaged; going on from {name}.", stacklevel=1)
+        return resume
+    if unreadable:
+        raise ConfigError(
+            f"run.dir={folder} holds no readable checkpoint ({' and '.join(unreadable)} damaged); "
+            "run.fresh=true starts anew."
+        )
+    return None
+
+
+def _same_architecture(resume: Resume, module: nn.Module, folder: Path) -> None:
+    """Refuse a checkpoint whose tensors are not the module's.
+
+    Raises:
+        ConfigError: Names the first tensor that differs.
+    """
+    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for key in [*own, *(key for key in resume.shapes if key not in own)]:
+        if own.get(key) != resume.shapes.get(key):
+            there, here = (shapes.get(key, "absent") for shapes in (resume.shapes, own))
+            raise _another_architecture(folder, key, there, here)
+
+
+def _another_architecture(folder: Path, key: str, there: Any, here: Any) -> ConfigError:
+    return ConfigError(
+        f"run.dir={folder} holds a checkpoint of another architecture ({key} is {there} there and {here} here); choose "
+        "another run.dir, or run.fresh=true to start anew."
+    )
+
+
+def _note_changes(folder: Path, cfg: DictConfig, console: Console) -> None:
+    """Say what differs from the configuration that the run folder was made with.
+
+    Raises:
+        ConfigError: The backbone differs, even if its tensors have the same shapes (number of heads, positions).
+    """
+    if not (folder / "config.yaml").exists():
+        return
+    changes = changed_keys(load_config(folder / "config.yaml"), cfg)
+    for key, (before, now) in changes.items():
+        if key.startswith("backbone."):
+            raise _another_architecture(folder, key, before, now)
+    if changes:
+        listed = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in changes.items())
+        console.print(f"Note: the configuration has changed since this run began ({listed}).")
+
+
+def _write_run_folder(folder: Path, cfg: DictConfig) -> None:
+    """config.yaml, command.txt and versions.json; ``run.fresh`` moves an old folder aside first."""
+    if cfg.run.fresh and folder.exists():
+        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_config(cfg, folder / "config.yaml")
+    with (folder / "command.txt").open("a") as file:
+        file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} in {Path.cwd()}\n{shlex.join(sys.argv)}\n")
+    write_json(folder / "versions.json", versions())
+
+
+def versions() -> dict[str, Any]:
+    """What a run depended on: Python, packages, the commit of the source, the hardware."""
+    installed: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = None
+    return {
+        "python": platform.python_version(),
+        "packages": installed,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the folder of this source; None outside of a repository of harmonize's own."""
+    source = Path(__file__).resolve()
+    root = source.parents[3]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """The metrics of a run that has reached its end with this very configuration."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        done = metrics["step"] >= metrics["total_steps"]
+        same = not changed_keys(load_config(folder / "config.yaml"), cfg)
+    except (OSError, ValueError, KeyError):
+        return None
+    return metrics if done and same and (folder / "checkpoints" / "last.ckpt").exists() else None
+
+
+# ---- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def _print_table(console: Console, metrics: Mapping[str, Any], folder: Path) -> None:
+    """The run in a few lines: losses, probes against the untrained network's, and where everything is."""
+    table = Table(title=folder.name, title_justify="left")
+    for column in ("", "trained", "untrained", "chance"):
+        table.add_column(column, justify="left" if not column else "right")
+    first = next((row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row), {})
+    for name in ("mim", "contrastive"):
+        losses = metrics.get(f"epoch/loss_{name}"), first.get(f"train/loss_{name}"), metrics.get(f"train/chance_{name}")
+        if losses[0] is not None:
+            table.add_row(f"{name} loss", *("" if x is None else f"{x:.4f}" for x in losses))
+    for key, label in (("knn_top1", "k-NN top-1"), ("linear_top1", "linear probe top-1")):
+        accuracies = metrics.get(f"val/{key}"), metrics.get(f"untrained/{key}"), metrics.get("val/chance_top1")
+        if accuracies[0] is not None:
+            table.add_row(label, *("" if x is None else f"{100 * x:.1f} %" for x in accuracies))
+    console.print(table)
+    console.print(f"Run folder: {folder}")
+
+
+@contextmanager
+def _plain_output() -> Iterator[None]:
+    """Warnings as sentences, without the line of code that raised them."""
+    formatter = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatter
+
+
+def _quiet_lightning() -> None:
+    """Silence what lightning says about itself; its warnings about our deliberate choices as well."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+
+
+def _rank() -> int:
+    """This process's rank before there is a process group, from the launcher's environment."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}

@@ -1,0 +1,131 @@
+"""Every file of conf/ composes, and every sensible combination passes the checks that need no data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harmonize import config
+
+GROUPS = {
+    folder.name: sorted(p.stem for p in folder.glob("*.yaml") if not p.name.startswith("_"))
+    for folder in sorted(config.CONF.iterdir())
+    if folder.is_dir() and folder.name != "hydra"
+}
+CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
+LOSSES = GROUPS["loss"]
+# What the user has to bring.
+NEEDS = {"data=imagenet100": ["data.class_list=classes.txt"]}
+
+
+@pytest.fixture(scope="module")
+def conf():
+    with config.composer() as composer:
+        yield composer
+
+
+def check(conf, overrides: list[str]) -> None:
+    config.check_config(config.finish(conf.load(overrides)), machine=False)
+
+
+def test_the_groups_that_other_work_relies_on():
+    assert set(GROUPS) >= {"loss", "backbone", "data", "optimizer", "schedule", "trainer", "logger", "callbacks"}
+    assert set(LOSSES) >= {"contrastive", "mim", "mae", "hybrid"}
+    assert set(GROUPS["logger"]) == {"wandb", "csv"}
+    assert set(GROUPS["trainer"]) >= {"default", "smoke"}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_composes_and_passes(conf, choice):
+    check(conf, [choice, *NEEDS.get(choice, [])])
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
+def test_mae_fits_every_data_set(conf, data):
+    """The default loss, whose parts are the other two, is tried above."""
+    check(conf, ["loss=mae", f"data={data}", *NEEDS.get(f"data={data}", [])])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["backbone=vit_base", "data.image_size=224", "backbone.patch_size=16", "trainer.precision=bf16"],
+        ["data.image_size=[64,128]", "backbone.positions=none", "backbone.relative_position=shared", "trainer=smoke"],
+        ["trainer.max_epochs=null", "trainer.max_steps=7", "trainer.accumulate=2", "trainer.devices=2"],
+        ["callbacks.probe=null", "callbacks.gradient_norms=null", "logger=csv", "backbone.num_registers=4"],
+    ],
+    ids=" ".join,
+)
+def test_sensible_combinations(conf, loss, overrides):
+    check(conf, [f"loss={loss}", *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.lambda=0"],
+        ["loss.lambda=1.0"],
+        ["loss.lambda=0", "data.batch_size=1"],
+        ["loss.lambda={schedule: linear, start: 0, end: 0.4}"],
+        ["loss.lambda={schedule: cosine, start: 1, end: 0}"],
+        ["loss.lambda={schedule: step, start: 0, end: 0.4, at: 0.5}"],
+        ["loss@loss.mim=mae"],
+        ["loss@loss.mim=mae", "loss.mim.mask_ratio=0.5"],
+        ["loss.contrastive.temperature=0.1", "loss.mim.mask_unit=8"],
+        ["optimizer=mim", "schedule=contrastive", "schedule.decay=multistep", "schedule.milestones=[0.5,0.9]"],
+    ],
+    ids=" ".join,
+)
+def test_the_hybrid_takes(conf, overrides):
+    check(conf, overrides)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_recipe_brings_its_own_optimiser_and_schedule(conf, loss):
+    cfg = conf.load([f"loss={loss}"])
+    assert (cfg.hydra.runtime.choices.optimizer, cfg.hydra.runtime.choices.schedule) == (loss, loss)
+    cfg = conf.load([f"loss={loss}", "optimizer=mae"])
+    assert (cfg.hydra.runtime.choices.optimizer, cfg.hydra.runtime.choices.schedule) == ("mae", loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "lr", "lr_batch", "weight_decay", "betas", "clip", "warmup", "decay"),
+    [
+        # MoCo v3: 2.4e-3 at 4096, 40 of 300 epochs. SimMIM: 4e-4 at 2048, 10 of 800. MAE: 2.4e-3 at 4096, 40 of 800.
+        ("contrastive", 2.4e-3 / 4096, 256, 0.1, [0.9, 0.999], None, 40 / 300, "cosine"),
+        ("mim", 4e-4 / 2048, 512, 0.05, [0.9, 0.999], 5.0, 10 / 800, "multistep"),
+        ("mae", 2.4e-3 / 4096, 256, 0.05, [0.9, 0.95], None, 40 / 800, "cosine"),
+    ],
+)
+def test_the_official_optimisation(conf, loss, lr, lr_batch, weight_decay, betas, clip, warmup, decay):
+    cfg = conf.load([f"loss={loss}"])
+    assert cfg.optimizer.lr / cfg.optimizer.lr_batch == pytest.approx(lr)
+    assert (cfg.optimizer.lr_batch, cfg.optimizer.weight_decay, cfg.optimizer.clip) == (lr_batch, weight_decay, clip)
+    assert list(cfg.optimizer.betas) == betas
+    assert cfg.schedule.warmup == pytest.approx(warmup, abs=1e-4)
+    assert cfg.schedule.decay == decay
+    if loss == "mim":  # lr x 0.1 at epoch 700 of 800, warm-up from 5e-7 of 1e-4
+        assert (list(cfg.schedule.milestones), cfg.schedule.gamma) == ([700 / 800], 0.1)
+        assert cfg.schedule.warmup_lr == pytest.approx(5e-7 / 1e-4)
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule"])
+def test_the_files_of_one_interface_have_the_same_keys(group):
+    keys = {name: set(yaml.safe_load((config.CONF / group / f"{name}.yaml").read_text())) for name in GROUPS[group]}
+    assert len(set(map(frozenset, keys.values()))) == 1, keys
+
+
+def test_hydra_writes_nothing_on_its_own(conf):
+    hydra = conf.load([]).hydra
+    assert (hydra.output_subdir, hydra.run.dir, hydra.job.chdir) == (None, ".", False)
+    assert (hydra.job_logging.root, hydra.hydra_logging.root) == (None, None)
+    assert Path(conf.load(["run.root=elsewhere"]).hydra.sweep.dir).parts[0] == "elsewhere"
+
+
+def test_smoke_is_short(conf):
+    trainer = conf.load(["trainer=smoke"]).trainer
+    assert (trainer.max_steps, trainer.limit_val_batches) == (10, 2)
+    assert set(trainer) == set(conf.load([]).trainer)

@@ -1,0 +1,270 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmonize.data import module as module_file
+from harmonize.data.datasets import Folder, UnreadableImage
+from harmonize.data.module import DataModule
+from harmonize.data.views import Evaluation, MoCoV3, SimMIM
+from harmonize.functional.seeding import mix
+from harmonize.types import ConfigError
+
+RECIPES = {"moco_v3": MoCoV3(16), "simmim": SimMIM(16)}
+BOTH = {"contrastive": "moco_v3", "mim": "simmim"}
+
+
+class Noise:
+    """Images of noise; those in ``bad`` cannot be read."""
+
+    def __init__(self, num=40, bad=()):
+        self.num, self.bad, self.classes = num, set(bad), ["even", "odd"]
+
+    def split(self, name):
+        return self
+
+    def __len__(self):
+        return self.num
+
+    def name(self, index):
+        return f"noise{index}"
+
+    def load(self, index):
+        if index in self.bad:
+            raise UnreadableImage("it is bad")
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), index % 2
+
+
+def make(dataset=None, views=BOTH, batch_size=8, **options):
+    return DataModule(dataset or Noise(), RECIPES, views, image_size=16, batch_size=batch_size, **options)
+
+
+def epochs(loader, num=2):
+    batches = []
+    for epoch in range(num):
+        loader.batch_sampler.set_epoch(epoch)
+        batches += list(loader)
+    return batches
+
+
+def assert_same(first, second):
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert a.views.keys() == b.views.keys()
+        for name in a.views:
+            assert all(torch.equal(x, y) for x, y in zip(a.views[name], b.views[name], strict=True))
+        for field in ("label", "index", "seed"):
+            assert torch.equal(getattr(a, field), getattr(b, field))
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings():
+    module_file._warn_once.cache_clear()
+
+
+def test_a_training_batch():
+    data = make(seed=5)
+    assert (data.steps_per_epoch, data.classes) == (5, ["even", "odd"])
+    batch = next(iter(data.train_loader(epoch=3)))
+    assert len(batch) == 8
+    assert {name: [v.shape for v in views] for name, views in batch.views.items()} == {
+        "contrastive": [(8, 3, 16, 16)] * 2,
+        "mim": [(8, 3, 16, 16)],
+    }
+    assert batch.image is None
+    assert torch.equal(batch.label, batch.index % 2)
+    assert batch.seed.tolist() == [mix(5, 3, int(index)).item() for index in batch.index]
+    assert len(set(batch.seed.tolist())) == 8
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_workers_change_no_bit_over_epochs(num_workers):
+    assert_same(epochs(make(num_workers=num_workers).train_loader()), epochs(make().train_loader()))
+
+
+def test_views_and_images_differ_between_epochs_and_repeat_with_the_seed():
+    first, again, other = (epochs(make(seed=seed).train_loader()) for seed in (0, 0, 1))
+    assert_same(first, again)
+    views = {}
+    for batch in first:
+        for index, view in zip(batch.index.tolist(), batch.views["contrastive"][0], strict=True):
+            views.setdefault(index, []).append(view)
+    assert len(views) == 40
+    assert not any(torch.equal(*pair) for pair in views.values())
+    assert first[0].index.tolist() != other[0].index.tolist()
+
+
+def test_a_view_does_not_depend_on_the_other_views():
+    both = next(iter(make().train_loader()))
+    for name, recipe in BOTH.items():
+        alone = next(iter(make(views={name: recipe}).train_loader()))
+        assert list(alone.views) == [name]
+        assert all(torch.equal(x, y) for x, y in zip(alone.views[name], both.views[name], strict=True))
+    renamed = next(iter(make(views={"other": "simmim"}).train_loader()))
+    assert not torch.equal(renamed.views["other"][0], both.views["mim"][0])
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 4), (2, 2)])
+def test_ranks_and_micro_batches_share_the_same_global_batch(world_size, accumulate):
+    whole = next(iter(make(seed=2).train_loader()))
+    parts = []
+    for rank in range(world_size):
+        loader = iter(make(seed=2, world_size=world_size, accumulate=accumulate, rank=rank).train_loader())
+        parts += [next(loader) for _ in range(accumulate)]
+    for name, views in whole.views.items():
+        for i, view in enumerate(views):
+            assert torch.equal(torch.cat([part.views[name][i] for part in parts]), view)
+    assert torch.equal(torch.cat([part.seed for part in parts]), whole.seed)
+
+
+def test_resuming_in_mid_epoch_continues_with_the_next_batch():
+    assert_same(list(make().train_loader(epoch=1, start=2)), list(make().train_loader(epoch=1))[2:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_global_generators_are_left_alone(num_workers):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append(torch.get_rng_state())
+        if len(states) == 2:
+            data = make(num_workers=num_workers)
+            list(data.train_loader())
+            list(data.val_loader())
+            assert torch.equal(torch.get_rng_state(), states[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_is_clean_complete_and_in_shards(num_workers):
+    dataset = Noise(21)
+    whole = list(make(dataset, num_workers=num_workers).val_loader())
+    assert torch.cat([batch.index for batch in whole]).tolist() == list(range(21))
+    clean = Evaluation(16, 0.875)
+    for index, image in enumerate(torch.cat([batch.image for batch in whole])):
+        assert torch.equal(image, clean(dataset.load(index)[0]))
+    shards = [make(dataset, num_workers=num_workers, world_size=2, rank=rank).val_loader() for rank in (0, 1)]
+    found = sorted(int(index) for shard in shards for batch in shard for index in batch.index)
+    assert found == list(range(21))
+
+
+def test_features_come_from_evenly_spaced_images():
+    data = make()
+    assert torch.cat([batch.index for batch in data.feature_loader("train", 8)]).tolist() == [
+        0,
+        5,
+        10,
+        15,
+        20,
+        25,
+        30,
+        35,
+    ]
+    assert sum(len(batch) for batch in data.feature_loader("val", 1000)) == 40
+    assert sum(len(batch) for batch in data.feature_loader("val")) == 40
+
+
+def test_features_come_from_the_probe_split_where_there_is_one():
+    class Partly(Noise):
+        def probe_split(self, name):
+            return Noise(5)
+
+    assert sum(len(batch) for batch in make(Partly()).feature_loader("train")) == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_next_readable_image_stands_in(num_workers):
+    bad = {3, 4, 39}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = epochs(make(Noise(bad=bad), num_workers=num_workers).train_loader(), 1)
+    good = epochs(make().train_loader(), 1)
+    for ours, theirs in zip(batches, good, strict=True):
+        expected = [{3: 5, 4: 5, 39: 0}.get(index, index) for index in theirs.index.tolist()]
+        assert ours.index.tolist() == expected
+        assert torch.equal(ours.label, ours.index % 2)
+        assert torch.equal(ours.seed, theirs.seed)  # the stand-ins are augmented and masked each in their own way
+        for i, index in enumerate(theirs.index.tolist()):
+            assert torch.equal(ours.views["mim"][0][i], theirs.views["mim"][0][i]) == (index not in bad)
+
+
+def test_unreadable_images_are_named_once():
+    loader = make(Noise(bad={3, 4})).train_loader()
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        epochs(loader, 2)
+    messages = sorted(str(warning.message) for warning in caught)
+    assert messages == [f"skipped noise{i}, which cannot be read: it is bad" for i in (3, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_evaluation_leaves_unreadable_images_out():
+    batches = list(make(Noise(21, bad={0, 9, *range(16, 21)})).val_loader())
+    assert [len(batch) for batch in batches] == [7, 7, 0]
+    assert batches[2].image.shape == (0, 3, 16, 16)
+    assert batches[2].seed.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("loader", ["train_loader", "val_loader"])
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_no_readable_image_is_one_legible_error(num_workers, loader):
+    data = make(Noise(bad=range(40)), num_workers=num_workers)
+    batches = iter(getattr(data, loader)())
+    with pytest.raises(ConfigError) as error:
+        list(batches)
+    if num_workers:  # the exception refers to the iterator in a cycle, and workers found by the collector hang for 5 s
+        batches._shutdown_workers()
+    assert str(error.value).startswith("data.root holds no usable images: 40 in a row, from noise")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_thousand_unreadable_images_in_a_row_are_enough():
+    with pytest.raises(ConfigError, match="1000 in a row"):
+        list(make(Noise(3000, bad=range(2999))).train_loader())
+
+
+def test_other_errors_are_not_swallowed():
+    class Broken(Noise):
+        def load(self, index):
+            raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        list(make(Broken()).train_loader())
+
+
+def test_a_real_folder_with_a_damaged_file(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "05.png").write_bytes(b"damaged")
+    data = make(Folder(str(tmp_path)), batch_size=4, num_workers=1)
+    assert data.classes is None
+    assert all(batch.label.tolist() == [-1] * 4 for batch in data.train_loader())
+
+
+def test_datasets_of_the_loaders_pickle():
+    data = make()
+    for loader in (data.train_loader(), data.val_loader()):
+        again = pickle.loads(pickle.dumps((loader.dataset, loader.batch_sampler, loader.collate_fn)))
+        assert len(again[2]([again[0][next(iter(again[1]))[0]]])) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 8, "world_size": 3}, r"data.batch_size=8 .* multiple of 3 .*3 devices x trainer.accumulate=1"),
+        ({"batch_size": 8, "accumulate": 16}, r"data.batch_size=8 .* multiple of 16"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"batch_size": 64}, "data.batch_size=64 .* 40 images"),
+        ({"num_workers": -1}, "data.num_workers=-1"),
+        ({"eval_crop": 1.5}, "data.eval_crop=1.5"),
+        ({"views": {"mim": "none"}}, "views.none .*moco_v3, simmim"),
+    ],
+)
+def test_impossible_settings_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)

@@ -1,0 +1,234 @@
+"""The command line: mistakes in words, nothing written, and what reaches ``train``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from harmonize import config
+from harmonize.cli import main
+from harmonize.types import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list:
+    """The configurations that reach training, which does nothing here; put an exception in to have it raised."""
+    reached: list = []
+
+    def train(cfg) -> None:
+        if reached and isinstance(reached[0], BaseException):
+            raise reached[0]
+        reached.append(cfg)
+
+    module = types.ModuleType("harmonize.training.run")
+    module.train = train
+    monkeypatch.setitem(sys.modules, "harmonize.training.run", module)
+    monkeypatch.setattr("harmonize.training.run", module, raising=False)
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["typo=1"], ["typo", "the nearest is"]),
+        (["los.lambda=0.2"], ["los.lambda", "did you mean loss.lambda?"]),
+        (["lambda=0.2"], ["lambda", "did you mean loss.lambda?"]),
+        (["loss.lamda=0.2"], ["loss.lamda", "did you mean loss.lambda?"]),
+        (["trainer.epochs=3"], ["trainer.epochs", "trainer.max_epochs"]),
+        (["optimiser=mim"], ["optimiser", "did you mean optimizer?"]),
+        (["loss=hybird"], ["contrastive, hybrid, mae, mim", "did you mean hybrid?"]),
+        (["data=null"], ["data", "shapes"]),
+        (["trainer=smok"], ["default, smoke", "did you mean smoke?"]),
+        (["hydra/launcher=none_such"], ["hydra/launcher", "basic"]),
+        (["loss=mim", "loss.lambda=0.2"], ["loss.lambda", "belongs to loss=hybrid, not to loss=mim"]),
+        (["loss=mim", "loss.lamda=0.2"], ["loss.lamda", "did you mean loss.lambda (loss=hybrid)?"]),
+        (
+            ["loss.mask_ratio=0.5"],
+            ["loss.mask_ratio", "loss=mae or loss=mim", "loss=hybrid, which has loss.mim.mask_ratio"],
+        ),
+        (["loss@loss.mim=mae", "loss.mim.mask_unit=8"], ["loss@loss.mim=mim, not to loss@loss.mim=mae"]),
+        (["loss.mim=mae"], ["loss@loss.mim=mae"]),
+        (["loss=mim", "loss@loss.mim=mae"], ["loss@loss.mim=mae", "loss=mim"]),
+        (["loss@loss.mim=mea"], ["loss@loss.mim=mea", "did you mean mae?"]),
+        (["data.dataset=shapes"], ["data.dataset", "section"]),
+        (["loss.lambda.schedule=linear"], ["loss.lambda is a value", "loss.lambda={...}"]),
+        (["data={num_train: 500, typo: 3}"], ["data.typo"]),
+        (["hydra.ouput_subdir=x"], ["did you mean hydra.output_subdir?"]),
+        (["hydra.job.chdir=banana"], ["hydra.job.chdir=banana", "bool"]),
+        (["+trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean trainer.max_epochs"]),
+        (["+typo.deep=1"], ["typo.deep"]),
+        (["+loss.typo=1"], ["loss.typo", "Hybrid"]),
+        (["++backbone.image_sise=3"], ["did you mean backbone.image_size?"]),
+        (["loss.lambda=0,0.2"], ["loss.lambda=0,0.2", "-m"]),
+        (["loss=mim,mae"], ["loss=mim,mae", "-m"]),
+        (["word"], ["'word'", "key=value"]),
+        (["loss.lambda=[1"], ["'loss.lambda=[1'"]),
+        (["a=b=c"], ["'a=b=c'"]),
+        (["--epochs", "3"], ["--epochs"]),
+        (["--config-name", "other"], ["--config-dir"]),
+        (["--config-dir", "nowhere"], ["nowhere"]),
+        (["--cfg", "job", "-m"], ["Only one"]),
+        (["--cfg", "job", "typo=1"], ["typo"]),
+        (["--help", "loss=hybird"], ["did you mean hybrid?"]),
+        (["~data.root"], ["data.root"]),
+        (["experiment=none_such"], ["experiment", "demo"]),
+        (["loss.lambda=2"], ["loss.lambda", "2"]),
+        (["trainer.max_epochs=-3"], ["trainer.max_epochs", "-3"]),
+        (["data=folder"], ["data.root"]),
+        (["data=folder", "data.root=nowhere"], ["data.root", "nowhere"]),
+        (["-m", "loss.lambda=0,0.5,2"], ["loss.lambda", "2"]),
+        (["-m", "loss.lambda=0,0.5", "typo=1,2"], ["typo"]),
+        (["-m", "loss=mim,mea"], ["did you mean mae?"]),
+        (["-m", "loss=mim,hybrid", "loss.lambda=0,0.2"], ["belongs to loss=hybrid, not to loss=mim"]),
+        (["-m", "seed=range(0,100)", "loss.lambda=0,3"], ["loss.lambda", "3"]),
+        (["-m", "run.dir=x", "seed=1,2"], ["run folder x", "run.root"]),
+        (["-m", "data.num_workers=0,1"], ["share the run folder"]),
+        (["-m", "trainer.devices=2", "trainer.accelerator=cpu", "seed=1,2"], ["trainer.devices", "-m"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
+)
+def test_a_mistake_gets_its_sentence_and_leaves_nothing(arguments, words, runs, folder, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert main(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert all(line.startswith("harmonize: error: ") for line in captured.err.splitlines()), captured.err
+    assert all(word in captured.err for word in words), captured.err
+    assert captured.out == ""
+    assert runs == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "harmonize", "train"]])
+def test_a_typo_is_answered_at_once(program, folder):
+    command = [str(ROOT / word) if word == "train.py" else word for word in program]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, *command, "loss.lamda=0.2"], capture_output=True, text=True, timeout=120)
+    assert time.monotonic() - started < 15
+    assert done.returncode == 2
+    assert done.stderr == "harmonize: error: Unknown key loss.lamda; did you mean loss.lambda?\n"
+    assert done.stdout == ""
+    assert list(folder.iterdir()) == []
+
+
+def test_help_needs_nothing_heavy():
+    code = "import sys; from harmonize.cli import main; main([]); print({'torch', 'hydra'} & set(sys.modules))"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[-1] == "set()"
+    assert any(line.split()[:1] == ["train"] for line in lines)
+    assert any("harmonize train loss=hybrid loss.lambda=0.2" in line for line in lines)
+
+
+def test_commands(capsys):
+    assert main(["--version"]) == 0
+    assert main(["trian"]) == 2
+    assert "did you mean: harmonize train" in capsys.readouterr().err
+    assert main(["loss=mim"]) == 2
+    assert "did you mean: harmonize train loss=mim" in capsys.readouterr().err
+    for command in ("evaluate", "analyze"):
+        assert main([command, "checkpoint=x"]) == 2
+        assert "later version" in capsys.readouterr().err
+
+
+def test_help_of_train_lists_groups_keys_and_examples(capsys, runs):
+    assert main(["train", "--help", "loss=mim"]) == 0
+    text = capsys.readouterr().out
+    assert "contrastive, hybrid, mae, mim*" in text
+    for key in ("loss.lambda", "data.root", "trainer.max_epochs", "run.dir"):
+        assert f"  {key}" in text
+    assert "harmonize train experiment=demo" in text
+    assert " _vit" not in text
+    assert runs == []
+
+
+def test_cfg_prints_the_configuration_and_runs_nothing(capsys, runs, folder):
+    assert main(["train", "loss=mim", "loss.mask_ratio=0.5", "--cfg", "job"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.loss.mask_ratio == 0.5
+    assert "hydra" not in printed
+    assert runs == []
+    assert list(folder.iterdir()) == []
+
+
+def test_train_gets_what_compose_gives(runs, folder):
+    arguments = ["loss=hybrid", "loss.lambda=0.4", "seed=3"]
+    assert main(["train", *arguments]) == 0
+    (cfg,) = runs
+    assert config.to_plain(cfg) == config.to_plain(config.compose(arguments))
+    assert config.run_dir(cfg) == config.run_dir(config.compose(arguments))
+    assert list(folder.iterdir()) == []
+
+
+def test_options_may_stand_anywhere(runs):
+    assert main(["train", "loss=mim", "-m", "seed=1,2"]) == 0
+    assert [cfg.seed for cfg in runs] == [1, 2]
+
+
+def test_a_sweep_runs_every_combination_in_its_own_folder(runs, folder, capsys):
+    assert main(["train", "-m", "loss.lambda=0,1", "seed=1,2", "run.root=sweep"]) == 0
+    assert [(cfg.loss["lambda"], cfg.seed) for cfg in runs] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert len({config.run_dir(cfg) for cfg in runs}) == 4
+    assert "harmonize: job 3: " in capsys.readouterr().out
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] == [
+        "sweep/multirun/multirun.yaml"
+    ]
+
+
+def test_a_sweep_over_losses_takes_a_key_that_only_they_have(runs):
+    assert main(["train", "-m", "loss=mim,mae", "loss.mask_ratio=0.5"]) == 0
+    assert [(cfg.loss._target_.split(".")[-1], cfg.loss.mask_ratio) for cfg in runs] == [
+        ("MaskedImageModeling", 0.5),
+        ("MaskedAutoencoder", 0.5),
+    ]
+
+
+def test_files_of_ones_own(runs, folder, capsys):
+    (folder / "mine" / "experiment").mkdir(parents=True)
+    file = folder / "mine" / "experiment" / "short.yaml"
+    file.write_text("# @package _global_\ndefaults: [{override /loss: mae}]\nseed: 7\ntrainer: {max_epochs: 2}\n")
+    assert main(["train", "--config-dir", "mine", "experiment=short"]) == 0
+    (cfg,) = runs
+    assert (cfg.seed, cfg.trainer.max_epochs, cfg.loss.mask_ratio) == (7, 2, 0.75)
+
+    file.write_text("# @package _global_\ntrainer: {max_epoch: 2}\n")
+    assert main(["train", "--config-dir", "mine", "experiment=short"]) == 2
+    assert "experiment=short: Unknown key trainer.max_epoch; did you mean trainer.max_epochs" in capsys.readouterr().err
+
+
+def test_a_mistake_found_later_is_a_sentence_too(runs, capsys):
+    runs.append(ConfigError("run.dir=x holds a checkpoint of another architecture."))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "harmonize: error: run.dir=x holds a checkpoint of another architecture.\n"
+
+
+def test_an_error_of_the_program_keeps_its_traceback(runs):
+    runs.append(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["train"])
+
+
+def test_ctrl_c_is_one_line(runs, capsys):
+    runs.append(KeyboardInterrupt())
+    assert main(["train"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harmonize: interrupted")
+
+
+def test_completion_knows_the_command(monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", "harmonize train loss=")
+    monkeypatch.setenv("COMP_POINT", "21")
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.split() == ["loss=contrastive", "loss=hybrid", "loss=mae", "loss=mim"]

@@ -1,0 +1,194 @@
+"""Probes, gradient norms, metrics and progress: right, and without a trace in the training."""
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from harmonize.training.callbacks import probe as probe_module
+from harmonize.training.callbacks.gradient_norms import GradientNorms
+from harmonize.training.callbacks.probe import OnlineProbe
+from harmonize.training.callbacks.progress import ProgressDisplay
+from harmonize.training.callbacks.speed import Speed
+from harmonize.training.loggers import read_rows
+from harmonize.types import FeatureSpec
+from tests.helpers import random_batch
+from tests.training.conftest import make_batches, make_module
+from tests.training.test_module import assert_bit_equal, weights
+
+
+def column(folder, name):
+    return {row["step"]: row[name] for row in read_rows(folder / "metrics.jsonl") if name in row}
+
+
+# ---- gradient norms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_watching_gradients_changes_no_bit_of_the_training(fit, tmp_path, precision):
+    results = []
+    for callbacks in ([], [GradientNorms(2)]):
+        module = make_module("hybrid")
+        fit(module, make_batches(), callbacks, precision=precision)
+        results.append(weights(module))
+    assert_bit_equal(*results)
+    assert list(column(tmp_path, "train/grad_norm_mim")) == [1, 2, 4]
+    assert all(math.isfinite(v) and v > 0 for v in column(tmp_path, "train/grad_norm_contrastive").values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_the_norms_are_those_of_each_raw_term(fit, tmp_path, precision):
+    module = make_module("hybrid", total_steps=1)
+    fit(module, make_batches(1), [GradientNorms(1)], precision=precision)
+    gradients = {}
+    for name in ("mim", "contrastive"):
+        fresh = make_module("hybrid")
+        fresh.objective.before_step(fresh.encoder, _start())
+        term = fresh.objective(fresh.encoder, random_batch(seed=0), _start()).terms[name]
+        term.backward()
+        grads = [p.grad.flatten() for p in fresh.encoder.parameters() if p.grad is not None]
+        gradients[name] = torch.cat(grads)
+    tolerance = 1e-4 if precision == "32-true" else 0.1
+    for name, gradient in gradients.items():
+        logged = column(tmp_path, f"train/grad_norm_{name}")[1]
+        assert logged == pytest.approx(gradient.norm().item(), rel=tolerance)
+    if precision == "32-true":
+        shared = len(gradients["contrastive"]) == len(gradients["mim"])
+        assert shared
+        cosine = torch.nn.functional.cosine_similarity(*gradients.values(), dim=0).item()
+        assert column(tmp_path, "train/grad_cosine")[1] == pytest.approx(cosine, abs=1e-4)
+
+
+def _start():
+    from harmonize.types import Progress
+
+    return Progress(0, 1)
+
+
+def test_norms_under_accumulation_are_measured_once_per_step(fit, tmp_path, monkeypatch):
+    calls = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    module = make_module("mim", total_steps=2, steps_per_epoch=2)
+    fit(module, make_batches(6), [GradientNorms(1)], accumulate_grad_batches=3)
+    assert len(calls) == 2
+    assert list(column(tmp_path, "train/grad_norm_mim")) == [1, 2]
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def make_probe(train, **options):
+    return OnlineProbe(train, 2, FeatureSpec(), **{"k": 3} | options)
+
+
+def test_probes_of_the_untrained_network_come_first(fit, tmp_path):
+    module = make_module("mim", total_steps=8, steps_per_epoch=4)
+    train, val = make_batches(3), [random_batch(6, seed=9)]
+    fit(module, make_batches(), [make_probe(train)], val=val)
+    assert list(column(tmp_path, "untrained/knn_top1")) == [0]
+    assert list(column(tmp_path, "val/knn_top1")) == [4, 8]
+    for name in ("knn_top1", "linear_top1"):
+        values = [*column(tmp_path, f"untrained/{name}").values(), *column(tmp_path, f"val/{name}").values()]
+        assert all(0 <= v <= 1 for v in values)
+    assert set(column(tmp_path, "val/chance_top1").values()) == {0.5}
+
+
+def test_probing_changes_no_bit_of_the_training(fit):
+    results = []
+    for callbacks, val in (([], None), ([make_probe(make_batches(2))], make_batches(2))):
+        module = make_module("hybrid", total_steps=8)
+        fit(module, make_batches(), callbacks, val=val)
+        results.append(weights(module))
+    assert_bit_equal(*results)
+
+
+def test_one_function_makes_the_feature_for_fitting_and_for_scoring(fit, monkeypatch):
+    from harmonize.evaluation import features
+
+    seen = []
+    real = features.pooled_features
+
+    def watched(encoder, images, spec):
+        assert not any(m.training for m in encoder.modules())
+        seen.append((len(images), spec))
+        return real(encoder, images, spec)
+
+    fitted = {}
+    monkeypatch.setattr(features, "pooled_features", watched)
+    monkeypatch.setattr(probe_module, "knn_accuracy", lambda train, val, *_: fitted.update(t=train, v=val) or 0.5)
+    train, val = [random_batch(5, seed=1)], [random_batch(4, seed=2)]
+    probe = OnlineProbe(train, 2, {"layer": 1, "pool": "patch_mean", "norm": False})
+    fit(make_module("mim", total_steps=1), make_batches(1), [probe], val=val)
+    spec = FeatureSpec(1, "patch_mean", False)
+    assert seen == [(4, spec), (5, spec)] * 2  # before training and after it
+    assert fitted["t"].spec == fitted["v"].spec == spec
+
+
+def test_the_number_of_validation_batches_limits_both_sides(fit, monkeypatch):
+    sizes = {}
+    monkeypatch.setattr(
+        probe_module, "knn_accuracy", lambda train, val, *_: sizes.update(t=len(train.x), v=len(val.x)) or 0.5
+    )
+    loader = [_batch(i) for i in range(5)]
+    module = make_module("mim", total_steps=1)
+    fit(module, make_batches(1), [make_probe(loader)], val=loader, limit_val_batches=2)
+    assert sizes == {"t": 12, "v": 12}
+
+
+def _batch(number):
+    batch = random_batch(6, seed=number)
+    return replace(batch, index=batch.index + 6 * number)
+
+
+# ---- metrics and progress --------------------------------------------------------------------------------------------
+
+
+def test_logged_values_are_means_over_micro_batches(fit, tmp_path):
+    values = {}
+    for parts in (1, 2):
+        module = make_module("mim", total_steps=1)
+        fit(module, make_batches(2)[:parts], accumulate_grad_batches=parts)
+        values[parts] = column(tmp_path, "train/loss_mim")[1]
+    single = []
+    for i in range(2):
+        module = make_module("mim")
+        single.append(module.objective(module.encoder, random_batch(seed=i), _start()).loss.item())
+    assert values[1] == pytest.approx(single[0], rel=1e-5)
+    assert values[2] == pytest.approx(sum(single) / 2, rel=1e-5)
+
+
+def test_epoch_rows_are_means_over_the_epoch(fit, tmp_path):
+    fit(make_module("hybrid", total_steps=8), make_batches())
+    steps = column(tmp_path, "train/loss")
+    for end, mean in column(tmp_path, "epoch/loss").items():
+        assert mean == pytest.approx(sum(steps[s] for s in range(end - 3, end + 1)) / 4, rel=1e-5)
+
+
+def test_all_that_is_promised_is_logged(fit, tmp_path):
+    fit(make_module("hybrid"), make_batches(), [GradientNorms(1), Speed()][::-1])
+    row = next(row for row in read_rows(tmp_path / "metrics.jsonl") if row["step"] == 2)
+    promised = {"loss", "loss_contrastive", "loss_mim", "lambda", "momentum", "lr", "grad_norm", "grad_cosine"}
+    promised |= {"grad_norm_contrastive", "grad_norm_mim", "chance_contrastive", "chance_mim"}
+    assert promised <= {name.removeprefix("train/") for name in row}
+    assert row["train/lambda"] == 0.2
+    assert row["train/loss"] == pytest.approx(0.8 * row["train/loss_mim"] + 0.2 * row["train/loss_contrastive"])
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_progress(fit, bar):
+    out = io.StringIO()
+    console = Console(file=out, width=160, force_terminal=bar)
+    display = ProgressDisplay(None, console)
+    assert display.bar is bar
+    probe = make_probe(make_batches(2))
+    fit(make_module("hybrid", total_steps=8), make_batches(), [probe, display], val=make_batches(1))
+    lines = [line for line in out.getvalue().splitlines() if "k-NN" in line]
+    assert len(lines) == 2
+    for word in ("epoch 2/2", "contrastive", "mim", "linear", "left"):
+        assert word in lines[1]
+    if not bar:
+        assert "\x1b" not in out.getvalue()

@@ -1,0 +1,207 @@
+"""The run folder's own record, and W&B as a mirror that may fail."""
+
+import json
+import math
+import struct
+import warnings
+
+import pytest
+
+from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, run_id, write_json
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path, monkeypatch):
+    """Nobody is logged in to W&B here."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_latest_values(tmp_path):
+    logger = JsonLogger(tmp_path)
+    logger.log_metrics({"train/loss": 2.0}, 1)
+    logger.log_metrics({"val/knn_top1": 0.5}, 2)
+    logger.log_metrics({"epoch/loss": 1.0, "train/loss": 1.5}, 2)
+    logger.save()
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "val/knn_top1": 0.5},
+        {"step": 2, "epoch/loss": 1.0, "train/loss": 1.5},
+    ]
+    latest = {"step": 2, "train/loss": 1.5, "val/knn_top1": 0.5, "epoch/loss": 1.0}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == latest
+    assert logger.now == {"step": 2, "val/knn_top1": 0.5, "epoch/loss": 1.0, "train/loss": 1.5}
+
+
+def test_what_json_cannot_hold(tmp_path):
+    logger = JsonLogger(tmp_path)
+    logger.log_metrics({"a": math.nan, "b": -math.inf, "c": 1}, 1)
+    logger.save()
+    strict = {"parse_constant": lambda word: pytest.fail(f"{word} is not JSON")}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), **strict) == {"step": 1, "a": None, "b": None, "c": 1.0}
+    assert json.loads((tmp_path / "metrics.json").read_text(), **strict)["a"] is None
+    write_json(tmp_path / "nested.json", {"x": [math.nan, {"y": math.inf}]})
+    assert json.loads((tmp_path / "nested.json").read_text(), **strict) == {"x": [None, {"y": None}]}
+
+
+def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    first = JsonLogger(tmp_path)
+    for step in range(6):
+        first.log_metrics({"x": step}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "x"')  # killed while writing
+    second = JsonLogger(tmp_path, resume_step=3)
+    second.log_metrics({"x": 40}, 4)
+    assert [(row["step"], row["x"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
+    JsonLogger(tmp_path)  # no checkpoint: the run starts anew
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+
+
+# ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def wandb_records(path):
+    """The records of an offline W&B file: a LevelDB log (blocks of 32 KiB) of protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_the_offline_file_holds_metrics_and_configuration(tmp_path):
+    folder = tmp_path / "hybrid-shapes"
+    folder.mkdir()
+    logger = Wandb(folder, config={"loss": {"lambda": 0.2}, "seed": 3})
+    logger.start()
+    assert logger.mode == "offline"
+    for step in (1, 2):
+        logger.log_metrics({"train/loss": 1 / step, "val/knn_top1": 0.25 * step}, step)
+    logger.finish()
+    assert not logger.failed
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    records = list(wandb_records(path))
+    history = [
+        {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    shown = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
+    assert shown == [
+        {"train/loss": 1.0, "val/knn_top1": 0.25, "trainer/global_step": 1},
+        {"train/loss": 0.5, "val/knn_top1": 0.5, "trainer/global_step": 2},
+    ]
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == (run_id(folder), "harmonize", "hybrid-shapes")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (config["loss"], config["seed"]) == ({"lambda": 0.2}, 3)
+
+
+def test_a_second_run_in_one_process_is_a_second_run(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        logger = Wandb(tmp_path / name)
+        logger.start()
+        logger.log_metrics({"x": 1.0}, 1)
+        logger.finish()
+    files = sorted(path.name for path in tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))
+    assert files == sorted(f"run-{run_id(tmp_path / name)}.wandb" for name in ("one", "two"))
+
+
+def test_where_credentials_are_looked_for(tmp_path, monkeypatch):
+    assert not has_api_key()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".netrc").write_text("machine example.org\n  login user\n  password x\n")
+    assert not has_api_key()
+    (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    assert has_api_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.mine.org:8080")
+    assert not has_api_key()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert has_api_key()
+
+
+@pytest.mark.parametrize(("mode", "variable", "expected"), [("auto", None, "offline"), ("offline", "online", "online")])
+def test_the_environment_wins(tmp_path, monkeypatch, mode, variable, expected):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert Wandb(tmp_path, mode=mode).mode == expected
+
+
+def test_no_server_means_offline(tmp_path, monkeypatch):
+    import wandb
+
+    modes = []
+    real = wandb.init
+
+    def init(**options):
+        modes.append(options["mode"])
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = Wandb(tmp_path, mode="online")
+    with pytest.warns(UserWarning, match="cannot be reached .*no route to host.*offline"):
+        logger.start()
+    assert modes == ["online", "offline"]
+    logger.log_metrics({"x": 1.0}, 1)
+    logger.finish()
+    assert not logger.failed
+
+
+def test_a_failure_is_one_warning_and_training_goes_on(tmp_path, monkeypatch):
+    import wandb
+
+    class Broken:
+        def log(self, _):
+            raise OSError("disk gone")
+
+        def finish(self, exit_code=0):
+            raise OSError("still gone")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    logger = Wandb(tmp_path)
+    logger.start()
+    with pytest.warns(UserWarning, match="disk gone.*training goes on"):
+        logger.log_metrics({"x": 1.0}, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger.log_metrics({"x": 1.0}, 2)
+    with pytest.warns(UserWarning, match="still gone"):
+        logger.finish()
+
+
+def test_an_offline_run_that_cannot_start_is_given_up(tmp_path, monkeypatch):
+    import wandb
+
+    def init(**_):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = Wandb(tmp_path)
+    with pytest.warns(UserWarning, match="no service.*training goes on"):
+        logger.start()
+    logger.log_metrics({"x": 1.0}, 1)
+    logger.finish()

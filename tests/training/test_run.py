@@ -1,0 +1,291 @@
+"""The whole of a run: its folder, its resumption after SIGKILL, its processes, its last words."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmonize.config import check_config, compose
+from harmonize.training.loggers import read_rows
+from harmonize.training.run import find_checkpoint, train
+from harmonize.types import ConfigError
+from tests.training.test_loggers import wandb_records
+from tests.training.test_module import assert_bit_equal
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "data.image_size=16",
+    "data.patch_size=4",
+    "data.batch_size=8",
+    "data.num_workers=0",
+    "backbone.width=16",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "backbone.drop_path=0.2",
+    "loss.contrastive.hidden_dim=16",
+    "loss.contrastive.out_dim=8",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=1",
+    "callbacks.probe.k=3",
+    "callbacks.gradient_norms.every_n_steps=3",
+    "logger=csv",
+]
+SPEED = {"train/images_per_second", "train/data_wait"}
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Two classes of 20 noise images, one reddish, one bluish: 4 steps of 8 images per epoch, 4 validation images."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = generator.integers(0, 150, (20, 20, 3), dtype=np.uint8)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def overrides(images, tmp_path):
+    return [*TINY, "data=folder", f"data.root={images}", f"run.dir={tmp_path / 'run'}"]
+
+
+def run(*overrides):
+    cfg = compose(overrides)
+    check_config(cfg)
+    return train(cfg)
+
+
+def rows(folder):
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def command(*arguments, program=("train.py",)):
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_what_a_run_leaves_behind(overrides, tmp_path, capsys):
+    metrics = run(*overrides)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "command.txt",
+        "versions.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "checkpoints",
+    }
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert metrics == json.loads((folder / "metrics.json").read_text())
+    assert metrics["step"] == metrics["total_steps"] == 12
+    assert {"untrained/knn_top1", "untrained/linear_top1", "val/knn_top1", "val/linear_top1"} <= set(metrics)
+    assert {"epoch/loss_mim", "epoch/loss_contrastive", "train/grad_norm_mim"} <= set(metrics)
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    checkpoint = load(folder / "checkpoints" / "last.ckpt")
+    assert checkpoint["config"]["backbone"]["width"] == 16
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"encoder", "objective"}
+    shown = capsys.readouterr().out
+    for words in ("mim loss", "contrastive loss", "k-NN top-1", "linear probe top-1", "untrained", str(folder)):
+        assert words in shown
+
+
+def test_a_finished_run_says_so_at_once(overrides, tmp_path, capsys):
+    metrics = run(*overrides, "trainer.max_epochs=1")
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    capsys.readouterr()
+    started = time.monotonic()
+    assert run(*overrides, "trainer.max_epochs=1", "data.num_workers=1") == metrics  # a key that changes no result
+    assert time.monotonic() - started < 5
+    shown = capsys.readouterr().out
+    assert "finished" in shown
+    assert "k-NN top-1" in shown
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_two_runs_are_bit_identical(overrides, tmp_path):
+    run(*overrides)
+    run(*overrides, f"run.dir={tmp_path / 'again'}", "data.num_workers=1")
+    states = [load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("run", "again")]
+    assert_bit_equal(*states)
+    assert rows(tmp_path / "run") == rows(tmp_path / "again")
+
+
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(overrides, tmp_path):
+    """SIGKILL at a random step of every epoch but the first, workers on; then the same command once more."""
+    workers = [*overrides, "data.num_workers=1"]
+    run(*workers)
+    folder = tmp_path / "killed"
+    killed = [*workers, f"run.dir={folder}"]
+    for epoch in (1, 2):
+        step = 4 * epoch + random.randint(1, 3)
+        process = command(*killed)
+        while max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0) < step:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    output = finish(command(*killed))
+    assert "Resuming at step" in output or "finished" in output
+    straight, resumed = (load(path / "checkpoints" / "last.ckpt") for path in (tmp_path / "run", folder))
+    assert_bit_equal(straight["state_dict"], resumed["state_dict"])
+    for number, state in straight["optimizer_states"][0]["state"].items():
+        assert_bit_equal(state, resumed["optimizer_states"][0]["state"][number])
+    assert rows(tmp_path / "run") == rows(folder)
+
+
+def test_an_unreadable_checkpoint_is_replaced_by_the_best(overrides, tmp_path):
+    run(*overrides)
+    folder = tmp_path / "run"
+    last = folder / "checkpoints" / "last.ckpt"
+    expected = load(last)["state_dict"]
+    last.unlink()  # it may be the same file as best.ckpt
+    last.write_bytes(b"torn")
+    (folder / "metrics.json").unlink()
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged; going on from best\.ckpt"):
+        run(*overrides)
+    assert find_checkpoint(folder).path == last
+    assert_bit_equal(load(last)["state_dict"], expected)
+
+
+def test_no_readable_checkpoint_is_not_overwritten(overrides, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"run\.dir=.* no readable checkpoint .*run\.fresh=true"):
+        run(*overrides)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("backbone.width=32", "encoder.cls_token"),
+        ("backbone.num_heads=4", "backbone.num_heads is 2 there and 4 here"),
+        ("loss.contrastive.hidden_dim=24", "objective.contrastive.projector"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture(overrides, tmp_path, change, words):
+    run(*overrides, "trainer.max_steps=1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="another architecture") as error:
+        run(*overrides, change)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_goes_on_and_says_what_changed(overrides, tmp_path, capsys):
+    run(*overrides, "trainer.max_steps=6")  # ends in mid-epoch, validated and saved
+    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
+    capsys.readouterr()
+    metrics = run(*overrides, "trainer.max_steps=11")
+    assert metrics["step"] == 11
+    shown = capsys.readouterr().out
+    assert "trainer.max_steps: 6 -> 11" in shown
+    assert "Resuming at step 6 of 11" in shown
+    steps = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
+    assert steps == list(range(1, 12))
+    assert [row["step"] for row in rows(tmp_path / "run") if "val/knn_top1" in row][-1] == 11
+
+
+def test_fresh_moves_the_old_folder_aside(overrides, tmp_path):
+    for _ in range(3):
+        run(*overrides, "trainer.max_steps=1", "run.fresh=true")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == len(
+        read_rows(tmp_path / "run.old-1" / "metrics.jsonl")
+    )
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(overrides, tmp_path):
+    run(*overrides, "trainer.val_every_n_epochs=2")
+    assert [row["step"] for row in rows(tmp_path / "run") if "val/knn_top1" in row] == [8, 12]
+
+
+def test_images_without_labels(overrides, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(20):
+        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(flat / f"{i}.png")
+    metrics = run(*overrides, f"data.root={flat}", "trainer.max_epochs=2")
+    assert "epoch/loss" in metrics
+    assert not [name for name in metrics if "top1" in name]
+    shown = capsys.readouterr().out
+    assert "no labels, or one class: k-NN and linear probe are off" in shown
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+def test_smoke_and_wandb(overrides, tmp_path, monkeypatch, capsys):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chosen = [o for o in overrides if not o.startswith(("logger", "trainer.max_epochs"))]
+    metrics = run(*chosen, "logger=wandb", "trainer=smoke")
+    assert metrics["step"] == 10
+    shown = capsys.readouterr().out
+    assert len([line for line in shown.splitlines() if "offline" in line]) == 1
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    names = {
+        item.key or "/".join(item.nested_key)
+        for record in wandb_records(path)
+        if record.HasField("history")
+        for item in record.history.item
+    }
+    assert {"train/loss_mim", "train/loss_contrastive", "val/knn_top1", "untrained/linear_top1"} <= names
+
+
+CONSOLE_SCRIPT = str(Path(sys.executable).with_name("harmonize"))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ("train.py",),
+        pytest.param(("-m", "harmonize", "train"), marks=pytest.mark.slow),
+        pytest.param((CONSOLE_SCRIPT, "train"), marks=pytest.mark.slow),
+    ],
+    ids=["train.py", "module", "script"],
+)
+def test_two_processes_equal_one(overrides, tmp_path, program):
+    """Gloo on two CPU processes; DropPath draws per rank, so it is off. Adam's eps is large, see test_module.py."""
+    same = [*overrides, "backbone.drop_path=0", "optimizer.eps=1e-3", "trainer.max_steps=3"]
+    run(*same)
+    output = finish(command(*same, f"run.dir={tmp_path / 'two'}", "trainer.devices=2", program=program))
+    assert output.count("Run folder") == 1
+    one, two = (load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("run", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    for a, b in zip(rows(tmp_path / "run"), rows(tmp_path / "two"), strict=True):
+        for row in (a, b):  # means over ranks of a spread within each rank
+            row.pop("train/query_std", None), row.pop("train/key_std", None)
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
