@@ -1,6 +1,6 @@
 """What can and what cannot be learnt from the data set `shapes`: the numbers of docs/shapes.md.
 
-Command: OMP_NUM_THREADS=1 python benchmarks/shapes_learnability.py   (about 20 minutes on one core)
+Command: OMP_NUM_THREADS=1 python benchmarks/shapes_learnability.py   (about 10 minutes on one core)
 
 Every row is top-1 accuracy in percent on validation images, for both labels: linear classifiers on raw pixels, on
 colour statistics and on features of an untrained ViT-Tiny; a small convolutional network and a ViT-Tiny trained end to
@@ -46,8 +46,8 @@ def linear_probe(train: Tensor, train_label: Tensor, val: Tensor, val_label: Ten
         probe = nn.Linear(train.shape[1], NUM_KINDS)
         nn.init.zeros_(probe.weight)
         optimizer = torch.optim.AdamW(probe.parameters(), 2e-3, weight_decay=decay)
-        for step in range(400):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
+        for step in range(250):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 250)
             choice = torch.randint(len(train), (512,))
             loss = F.cross_entropy(probe(train[choice]), train_label[choice])
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-train", type=int, default=12_000)
     parser.add_argument("--num-probe", type=int, default=3_000, help="training images of the linear classifiers")
-    parser.add_argument("--minutes", type=float, default=4, help="processor time for each network")
+    parser.add_argument("--minutes", type=float, default=3, help="processor time for each network")
     args = parser.parse_args()
     torch.manual_seed(0)
     shapes = Shapes(num_train=args.num_train, num_val=2_000)

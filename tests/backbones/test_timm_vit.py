@@ -83,7 +83,7 @@ def test_masked_patches_carry_the_mask_token_and_nothing_of_the_image():
     encoder = tiny_encoder().eval()
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, 5] = True
-    token = torch.randn(24)
+    token = torch.randn(1, 1, 24)
     x = images()
     changed = x.clone()
     changed[:, :, 4:8, 4:8] += 1.0  # patch 5 of the 4 x 4 grid

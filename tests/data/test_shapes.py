@@ -141,9 +141,9 @@ def test_signed_distances_have_unit_slope_at_the_outline():
     for name, table in zip(SHAPES, silhouettes.distance_tables(size), strict=True):
         slope = np.hypot(*np.gradient(table, 2 * silhouettes.EXTENT / size))
         assert np.median(slope[np.abs(table) < 0.05]) == pytest.approx(1, abs=0.02), name
-        assert 0.08 < (table < 0).mean() < 0.3, name
-        assert (table[[0, -1]] > 0.3).all(), name
-        assert (table[:, [0, -1]] > 0.3).all(), name
+        assert (table < 0).mean() * (2 * silhouettes.EXTENT) ** 2 == pytest.approx(silhouettes.AREA, rel=0.02), name
+        assert (table[[0, -1]] > 0.2).all(), name
+        assert (table[:, [0, -1]] > 0.2).all(), name
 
 
 def test_colour_says_nothing_about_the_labels(shapes):

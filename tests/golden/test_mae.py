@@ -50,7 +50,7 @@ def load(name):
     assert_equal(encoder.pos_embed, fixed, "fixed sin-cos positions")
     assert_equal(objective.decoder.positions[None], state["decoder_pos_embed"], "the decoder's positions")
     decoder = {decoder_name(k): v for k, v in state.items() if is_decoder(k) and k != "decoder_pos_embed"}
-    objective.load_state_dict(decoder | {"mask_token": state["mask_token"].flatten()})
+    objective.load_state_dict(decoder | {"mask_token": state["mask_token"]})
     objective.mask = lambda seed: masking.random_mask(want["noise"], config["mask_ratio"])
     return encoder, objective, want
 

@@ -46,7 +46,7 @@ def load(name):
     encoder.load_state_dict(encoder_state(strip(state, "encoder.")))
     objective = MaskedImageModeling(encoder, mask_unit=config["patch_size"])
     with torch.no_grad():
-        objective.mask_token.copy_(state["encoder.mask_token"].flatten())
+        objective.mask_token.copy_(state["encoder.mask_token"])
         objective.decoder.projection.weight.copy_(state["decoder.0.weight"].flatten(1))
         objective.decoder.projection.bias.copy_(state["decoder.0.bias"])
     objective.mask = lambda seed: want["mask"].flatten(1).bool()

@@ -207,7 +207,7 @@ class ViTEncoder(VisionTransformer):
         Args:
             images: (B, 3, height, width), normalised.
             mask: (B, N) bool, True = the patch embedding is replaced by ``mask_token``.
-            mask_token: (D,), required with ``mask``.
+            mask_token: (1, 1, D), required with ``mask``.
 
         Returns:
             Tokens (B, P + N, D) after the final norm, prefix tokens first.

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 EXTENT = 1.5
-"""The tables cover [-EXTENT, EXTENT] in both directions; every silhouette fits into the unit disc or nearly so."""
+"""The tables cover [-EXTENT, EXTENT] in both directions; every silhouette fits into a disc of radius 1.35."""
+
+AREA = 1.6
+"""Area of every silhouette: how much of an image has the object's colours must not tell which it is."""
 
 
 def polygon_distance(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
@@ -90,7 +93,7 @@ def _heart(x: Array, y: Array) -> Array:
 
 
 def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x + 0.1, y) - np.float32(0.95), np.float32(0.78) - np.hypot(x - 0.4, y))
+    return np.maximum(np.hypot(x + 0.1, y) - np.float32(0.95), np.float32(0.75) - np.hypot(x - 0.48, y))
 
 
 def _arrow(x: Array, y: Array) -> Array:
@@ -111,7 +114,7 @@ def _fish(x: Array, y: Array) -> Array:
 
 def _bolt(x: Array, y: Array) -> Array:
     return polygon_distance(
-        x, y, [(0.5, -1.08), (-0.72, 0.24), (-0.14, 0.24), (-0.5, 1.08), (0.72, -0.3), (0.14, -0.3)]
+        x, y, [(0.62, -0.95), (-0.1, -0.95), (-0.72, 0.18), (-0.12, 0.18), (-0.5, 1.0), (0.72, -0.28), (0.2, -0.28)]
     )
 
 
@@ -139,7 +142,7 @@ SILHOUETTES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def distance_tables(resolution: int) -> Array:
-    """The signed distances of all silhouettes.
+    """The signed distances of all silhouettes, each scaled to the area AREA.
 
     Args:
         resolution: Samples per side of a table.
@@ -149,4 +152,9 @@ def distance_tables(resolution: int) -> Array:
     """
     axis = ((np.arange(resolution, dtype=np.float32) + 0.5) / resolution * 2 - 1) * EXTENT
     x, y = np.meshgrid(axis, axis)
-    return np.stack([distance(x, y).astype(np.float32) for distance in SILHOUETTES.values()])
+    tables = []
+    for distance in SILHOUETTES.values():
+        drawn = (distance(x, y) < 0).mean() * (2 * EXTENT) ** 2
+        scale = np.float32(np.sqrt(AREA / drawn))
+        tables.append(scale * distance(x / scale, y / scale))
+    return np.stack(tables).astype(np.float32)

@@ -80,7 +80,7 @@ class ViTDecoder(nn.Module):
         Args:
             tokens: (B, P + N, D), or (B, P + K, D) where only the patches ``keep`` are there.
             keep: (B, K) int64, which patches the tokens belong to.
-            mask_token: (width,), stands for the others; required with ``keep``.
+            mask_token: (1, 1, width), stands for the others; required with ``keep``.
 
         Returns:
             (B, N, p * p * 3) in the order of ``patchify``.

@@ -102,7 +102,7 @@ class MaskedImageModeling(MaskedPrediction):
             )
         self.patches_per_unit = mask_unit // spec.patch_size
         self.unit_grid = (spec.image_size[0] // mask_unit, spec.image_size[1] // mask_unit)
-        self.mask_token = nn.Parameter(torch.empty(spec.width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))  # 3-D: weight decay goes by the dimension
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder: nn.Module
         if decoder == "linear":
@@ -157,7 +157,7 @@ class MaskedAutoencoder(MaskedPrediction):
             raise ValueError(f"loss.mask_ratio={mask_ratio} hides all {self.num_patches} patches; lower it")
         self.norm_pix_loss = norm_pix_loss
         self.decoder = ViTDecoder(encoder.spec, decoder_width, decoder_depth, decoder_heads)
-        self.mask_token = nn.Parameter(torch.empty(decoder_width).normal_(std=0.02))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width).normal_(std=0.02))
 
     def mask(self, seed: Tensor) -> Tensor:
         """Random masks (B, N) of images with these seeds (B,), True = hidden."""
