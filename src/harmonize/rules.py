@@ -181,7 +181,7 @@ VALUES: dict[str, Rule] = {
     "trainer.accelerator": one_of("auto", "cpu", "gpu"),
     "trainer.devices": whole(1),
     "trainer.num_nodes": whole(1),
-    "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16").passes, "32, bf16 or fp16"),
+    "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16", "auto").passes, "32, bf16, fp16 or auto"),
     "trainer.accumulate": whole(1),
     "trainer.log_every_n_steps": whole(1),
     "trainer.val_every_n_epochs": whole(1),

@@ -51,7 +51,7 @@ class Encoder(Protocol):
     spec: EncoderSpec
 
     def __call__(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """Tokens (B, P + N, D) after the final norm; masked patches (mask (B, N) True) carry ``mask_token`` (1, 1, D)."""
+        """Tokens (B, P + N, D) after the final norm; patches where ``mask`` (B, N) is True carry ``mask_token``."""
 
     def encode_visible(self, images: Tensor, keep: Tensor) -> Tensor:
         """Tokens (B, P + K, D) after the final norm when only the patches ``keep`` (B, K) enter the encoder."""

@@ -170,6 +170,8 @@ def _fit(
     val_loader = None
     if has_probe:
         num_train, num_val = probe_config.pop("num_train"), probe_config.pop("num_val")
+        if cfg.trainer.limit_val_batches is not None:  # a short validation fits its probes on as many images
+            num_train = min(num_train, cfg.trainer.limit_val_batches * cfg.data.batch_size)
         val_loader = data.feature_loader("val", num_val)
         callbacks.append(OnlineProbe(data.feature_loader("train", num_train), len(data.classes or ()), **probe_config))
     elif probe_config:
@@ -185,7 +187,7 @@ def _fit(
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
         strategy=_strategy(cfg, module.objective),
-        precision=PRECISION[str(cfg.trainer.precision)],
+        precision=_precision(cfg),
         accumulate_grad_batches=cfg.trainer.accumulate,
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
         check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
@@ -228,6 +230,16 @@ def _length(data_steps: int, trainer: Mapping[str, Any]) -> tuple[int, int]:
     limit = trainer["limit_train_batches"]
     steps = data_steps if limit is None else min(data_steps, -(-limit // trainer["accumulate"]))
     return steps, trainer["max_steps"] or trainer["max_epochs"] * steps
+
+
+def _precision(cfg: DictConfig) -> Any:
+    """Lightning's name of the precision; ``auto`` is bf16 where the hardware computes in it, else 32."""
+    name = str(cfg.trainer.precision)
+    if name == "auto":
+        on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if bf16 else "32"
+    return PRECISION[name]
 
 
 def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
