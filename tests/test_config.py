@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmonize import config, rules
+from harmonize.functional.schedules import weight_schedule
 from harmonize.types import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -56,8 +57,8 @@ def mistakes(cfg, machine: bool = False) -> list[str]:
         (["loss.lambda={schedule: linear, start: 0}"], "loss.lambda", "start"),
         (["loss.lambda={schedule: linear, start: 0, end: 1, stop: 1}"], "loss.lambda", "stop"),
         (["backbone.patch_size=7"], "backbone.patch_size", "7"),
-        (["data.image_size=[64,60]"], "data.image_size", "60"),
-        (["data.image_size=[64]"], "data.image_size", "[64]"),
+        (["data.image_size=[64,64]"], "data.image_size", "[64, 64]"),
+        (["data.image_size=abc"], "data.image_size", "abc"),
         (["data.image_size=4"], "data.image_size", "4"),
         (["data.image_size=0"], "data.image_size", "0"),
         (["backbone.image_size=32"], "backbone.image_size", "32"),
@@ -101,6 +102,39 @@ def mistakes(cfg, machine: bool = False) -> list[str]:
         (["callbacks.probe.feature.layer=13"], "callbacks.probe.feature.layer", "13"),
         (["run.dir=[a]"], "run.dir", "[a]"),
         (["loss@loss.mim=contrastive"], "loss@loss.mim", "mim or mae"),
+        (["loss@loss.contrastive=mae"], "loss@loss.contrastive", "contrastive"),
+        (["loss.contrastive=null"], "loss.contrastive", "null"),
+        (["data.dataset=null"], "data.dataset", "null"),
+        (["run=null"], "run", "null"),
+        (["data.patch_size=-8"], "data.patch_size", "-8"),
+        (["data.batch_size=9", "trainer.accumulate=16"], "data.batch_size", "9"),
+        (["data=folder", "data.val_fraction=abc"], "data.val_fraction", "abc"),
+        (["data=folder", "data.max_pixels=abc"], "data.max_pixels", "abc"),
+        (["data=folder", "data.cache=2"], "data.cache", "2"),
+        (["data=folder", "data.cache_size=0"], "data.cache_size", "0"),
+        (["data=imagenet100", "data.class_list=[a]"], "data.class_list", "[a]"),
+        (["data=cifar10", "data.download=maybe"], "data.download", "maybe"),
+        (["data=stl10", "data.split=all"], "data.split", "all"),
+        (["data.label=colour"], "data.label", "colour"),
+        (["backbone.positions=rotary"], "backbone.positions", "rotary"),
+        (["backbone.relative_position=true"], "backbone.relative_position", "true"),
+        (["backbone.initialization=beit"], "backbone.initialization", "beit"),
+        (["backbone.class_token=abc"], "backbone.class_token", "abc"),
+        (["backbone.class_token=false"], "loss.contrastive.pool", "cls"),
+        (["backbone.freeze_patch_embed=1"], "backbone.freeze_patch_embed", "1"),
+        (["loss.mim_view=both"], "loss.mim_view", "both"),
+        (["loss.contrastive_input=null"], "loss.contrastive_input", "null"),
+        (["loss.contrastive.pool=max"], "loss.contrastive.pool", "max"),
+        (["loss=contrastive", "loss.momentum_schedule=linear"], "loss.momentum_schedule", "linear"),
+        (["loss.mim.decoder=conv"], "loss.mim.decoder", "conv"),
+        (["loss=mae", "loss.norm_pix_loss=abc"], "loss.norm_pix_loss", "abc"),
+        (["loss.mim.recipe=dino"], "loss.mim.recipe", "moco_v3, simmim, mae"),
+        (["views.moco_v3.blur_prob=0.5"], "views.moco_v3.blur_prob", "0.5"),
+        (["views.moco_v3.blur_sigma=[2,1]"], "views.moco_v3.blur_sigma", "[2, 1]"),
+        (["views.moco_v3.jitter=[1,1,1,1]"], "views.moco_v3.jitter", "[1, 1, 1, 1]"),
+        (["views.mae.crop_scale=abc"], "views.mae.crop_scale", "abc"),
+        (["views.simmim.interpolation=nearest"], "views.simmim.interpolation", "nearest"),
+        (["views.simmim.image_size=32"], "views.simmim.image_size", "32"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )
@@ -120,15 +154,30 @@ def test_all_mistakes_at_once(conf):
 def test_every_rule_is_about_a_key_that_exists(conf):
     """A rule for a misspelt key would never fire."""
     spelt = set()
+    for data in ("folder", "imagenet100", "stl10"):
+        spelt |= set(config._keys(composed(conf, f"data={data}")))
     for loss in ("contrastive", "mim", "mae", "hybrid"):
         for logger in ("wandb", "csv"):
             spelt |= set(config._keys(composed(conf, f"loss={loss}", f"logger={logger}")))
-    spelt |= {"loss._target_", "loss.contrastive._target_", "loss.mim._target_"}
     spelt |= set(config._keys(composed(conf, "loss@loss.mim=mae")))
     named = {key for keys, _ in rules.RELATIONS for key in keys} | {
-        key for key in rules.VALUES if not re.match(r"loss\.((contrastive|mim)\.)?\w+$", key)
+        key for key in rules.VALUES if not re.match(r"(loss|views)\.", key)
     }
     assert named <= spelt, named - spelt
+    names = {key.rpartition(".")[2] for key in rules.VALUES}  # losses share a table, and so do views
+    assert names <= {key.rpartition(".")[2] for key in spelt}
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "step", "line"])
+@pytest.mark.parametrize("end", [1, 1.5, True, "1", None])
+@pytest.mark.parametrize("rest", [{}, {"at": 0.5}, {"at": 2}, {"stop": 1}])
+def test_a_weight_that_passes_can_be_built(kind, end, rest):
+    """The rule that answers without torch is no laxer than the function that uses the value."""
+    value = {"schedule": kind, "start": 0, "end": end, **rest}
+    if rules.is_weight(value):
+        assert weight_schedule(value)(0.0) == 0
+    else:
+        assert kind == "line" or end != 1 or end is True or rest
 
 
 def test_a_reference_to_nothing_is_named(conf):
@@ -156,8 +205,8 @@ def test_a_component_that_does_not_exist_is_named(conf):
 
 def test_devices_that_are_not_there(conf, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    (sentence,) = mistakes(composed(conf, "trainer.accelerator=cpu", "trainer.devices=4"), machine=True)
-    assert sentence == "trainer.devices must be at most 2, the number of CPU cores here, not 4."
+    (sentence,) = mistakes(composed(conf, "trainer.accelerator=cpu", "trainer.devices=100"), machine=True)
+    assert sentence == "trainer.devices must be at most 2, the number of CPU cores here, not 100."
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     (sentence,) = mistakes(composed(conf, "trainer.devices=2"), machine=True)
     assert sentence == "trainer.devices must be at most 1, the number of GPUs here, not 2."
@@ -206,6 +255,8 @@ class Picky:
     value: int
 
     def __post_init__(self) -> None:
+        if self.value < -1:
+            raise ValueError(f"value={self.value} must be at least -1")
         if self.value < 0:
             raise ValueError("value must not be negative")
         1 / self.value
@@ -247,6 +298,11 @@ def test_what_a_constructor_refuses_carries_its_place():
         config.instantiate(cfg.a.b)
     with pytest.raises(ConfigError, match=r"^inner: value must not be negative"):
         config.instantiate({**PART, "inner": {**PICKY, "value": -1}})
+    with pytest.raises(ConfigError, match=r"^a\.b\.value=-2 must be at least -1$"):
+        config.instantiate(OmegaConf.create({"a": {"b": {**PICKY, "value": -2}}}).a.b)
+    with pytest.raises(ConfigError, match=r"^inner: '<' not supported") as caught:
+        config.instantiate({**PART, "inner": {**PICKY, "value": "abc"}})
+    assert isinstance(caught.value.__cause__, TypeError)
     with pytest.raises(ConfigError, match=r"^a\.b: missing a required argument: 'value'"):
         config.instantiate(OmegaConf.create({"a": {"b": PICKY}}).a.b)
 

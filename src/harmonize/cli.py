@@ -1,7 +1,8 @@
 """The command line: ``harmonize train | evaluate | analyze``.
 
-Hydra runs the jobs (it brings sweeps and launchers), but only after every job has been composed and checked here, so
-that a mistake costs a second, gets one sentence, and leaves nothing behind.
+Hydra runs the jobs (it brings sweeps and launchers), but only after they have been composed and checked here (of a
+large sweep: jobs in which every value occurs), so that a mistake costs seconds, gets one sentence, and leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from harmonize import __version__
-from harmonize.types import ConfigError
+from harmonize.types import ConfigError, NonFiniteLossError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def report(error: ConfigError) -> None:
+def report(error: Exception) -> None:
     """Print a mistake, one line per sentence."""
     for line in str(error).splitlines():
         print(f"harmonize: error: {line}", file=sys.stderr)
@@ -191,11 +192,11 @@ def job(cfg: DictConfig) -> None:
         from harmonize.training.run import train as run_training
 
         run_training(cfg)
-    except ConfigError as error:
+    except (ConfigError, NonFiniteLossError) as error:
         if is_sweep:
             raise  # Hydra says which job, and lets the others run
         report(error)
-        raise SystemExit(2) from error
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
 
 
 def _refuse(message: str) -> NoReturn:

@@ -14,6 +14,7 @@ import inspect
 import json
 import keyword
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from harmonize.rules import get, is_number, show, violations
+from harmonize.rules import PARTS, get, is_number, show, violations
 from harmonize.types import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def finish(config: DictConfig, choices: Mapping[str, str] | None = None) -> Dict
     chosen = config.hydra.runtime.choices if choices is None else choices
     with open_dict(config):
         config.pop("hydra", None)
-        config.run.name = "-".join(Path(str(chosen[group])).name for group in ("loss", "data", "backbone"))
+        if config.get("run") is not None:
+            config.run.name = "-".join(Path(str(chosen[group])).name for group in ("loss", "data", "backbone"))
     return config
 
 
@@ -169,6 +171,9 @@ class Composer:
             folder, _, file = f"{group}/{name}".rpartition("/")
             if not isinstance(name, str) or file not in self._names(folder):
                 options = self._options(group)
+                if override.package in PARTS:
+                    fits, _ = PARTS[override.package]
+                    options = [o for o in options if fits(self._compose([f"{group}={o}"])[group])]
                 return f"{_text(override)}: {group} must be one of {', '.join(options)}{_did_you_mean(name, options)}"
         return None
 
@@ -311,7 +316,8 @@ def check_config(config: DictConfig, machine: bool = True) -> None:
         ConfigError: One sentence per mistake, one per line.
     """
     plain = to_plain(config)
-    _refuse([*(_missing_devices(plain) if machine else ()), *violations(plain)])
+    absent = list(_missing_devices(plain)) if machine else []
+    _refuse([*absent, *violations(plain, failed=[sentence.split()[0] for sentence in absent])])
     _refuse([*_misused(plain["data"], "data"), *(_missing_data(config) if machine else ())])
     _refuse(_misused(plain))  # last, because the backbone's libraries take the longest to load
 
@@ -440,8 +446,10 @@ def _call(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: Any) -
         return target(*args, **kwargs)
     except ConfigError:
         raise
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, ImportError) as error:
+        message = " ".join(str(error).split())
+        names_argument = re.match(r"\w+=", message)  # which is then a key of the node
+        raise ConfigError(f"{where}{'.' if names_argument else ': '}{message}") from error
     except Exception as error:
         raise RuntimeError(f"{where}: building {target.__qualname__} failed") from error
 
@@ -500,8 +508,16 @@ def run_dir(config: DictConfig | Mapping[str, Any]) -> Path:
 
 
 def save_config(config: DictConfig | Mapping[str, Any], path: str | Path) -> None:
-    """Write the resolved configuration as YAML, which :func:`load_config` reads back."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
+    """Write the resolved configuration as YAML, which :func:`load_config` reads back: whole or not at all.
+
+    A file that says the same already is left alone.
+    """
+    path, content = Path(path), OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode()
+    if path.exists() and path.read_bytes() == content:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def load_config(path: str | Path) -> DictConfig:
@@ -598,14 +614,13 @@ def _nearest(word: str, known: Sequence[str], count: int = 3) -> tuple[list[str]
     >>> _nearest("lambda", ["loss.lambda", "data.root"]), _nearest("loss.lamda", ["loss.lambda", "data.root"])
     ((['loss.lambda'], True), (['loss.lambda'], True))
     """
-    last = word.rpartition(".")[2]
-    by_likeness = sorted(known, key=lambda k: difflib.SequenceMatcher(None, word, k).ratio(), reverse=True)
-    same_name = [k for k in by_likeness if k.rpartition(".")[2] == last]
-    close = difflib.get_close_matches(word, [k for k in known if k.count(".") == word.count(".")], count, cutoff=0.75)
-    names = difflib.get_close_matches(last, list({k.rpartition(".")[2] for k in known}), 1, cutoff=0.75)
-    close_name = [k for k in by_likeness if k.rpartition(".")[2] in names]
-    near = list(dict.fromkeys([*same_name, *close, *close_name]))[:count]
-    return (near, True) if near else (by_likeness[:1], False)
+    likeness = {k: difflib.SequenceMatcher(None, word, k).ratio() for k in known}
+    by_likeness = sorted(known, key=likeness.__getitem__, reverse=True)
+    names = sorted({k.rpartition(".")[2] for k in known})
+    name = difflib.get_close_matches(word.rpartition(".")[2], names, 1, cutoff=0.75)
+    near = [k for k in by_likeness if k.rpartition(".")[2] in name]
+    near = [k for k in near if likeness[k] >= 0.75] or near
+    return (near[:count], True) if near else (by_likeness[:1], False)
 
 
 def _did_you_mean(word: Any, known: Iterable[str], path: str = "") -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,12 @@ def is_weight(value: Any) -> bool:
     )
 
 
+def span(each: Rule) -> Rule:
+    """A list of the lowest and the highest value."""
+    pair = list_of(each, 2)
+    return Rule(lambda v: pair.passes(v) and v[0] <= v[1], f"[lowest, highest], each {each.allowed}")
+
+
 SHARE = number("[0, 1]")
 INSIDE = number("(0, 1)")
 POSITIVE = number("(0, inf)")
@@ -120,6 +126,9 @@ NULL = Rule(lambda v: v is None, "null")
 BOOL = one_of(True, False)
 TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 PATH = Rule(lambda v: isinstance(v, str) and v != "", "a path")
+SECTION = Rule(lambda v: isinstance(v, Mapping), "a section with keys")
+RECIPES = ("moco_v3", "simmim", "mae")
+LOSSES = ("loss", "loss.contrastive", "loss.mim")  # alone, or as a part of the hybrid
 
 VALUES: dict[str, Rule] = {
     "seed": whole(0),
@@ -127,13 +136,23 @@ VALUES: dict[str, Rule] = {
     "run.root": PATH,
     "run.fresh": BOOL,
     "data.root": PATH | NULL,
-    "data.image_size": whole(1) | list_of(whole(1), 2),
+    "data.dataset": SECTION,
+    "data.image_size": whole(1),
     "data.patch_size": whole(1),
     "data.batch_size": whole(1),
     "data.num_workers": whole(0),
     "data.num_train": whole(1) | NULL,
     "data.num_val": whole(1) | NULL,
     "data.eval_crop": number("(0, 1]"),
+    "data.val_fraction": INSIDE,
+    "data.max_pixels": whole(1),
+    "data.cache": BOOL,
+    "data.cache_size": whole(1) | NULL,
+    "data.class_list": PATH | NULL,
+    "data.download": BOOL,
+    "data.split": one_of("unlabeled", "train"),
+    "data.label": one_of("shape", "texture"),
+    "data.clutter": SHARE,
     "backbone.patch_size": whole(1),
     "backbone.width": whole(1),
     "backbone.depth": whole(1),
@@ -141,28 +160,62 @@ VALUES: dict[str, Rule] = {
     "backbone.num_registers": whole(0),
     "backbone.drop_path": number("[0, 1)"),
     "backbone.layer_scale": POSITIVE | NULL,
+    "backbone.positions": one_of("sincos", "sincos_mae", "learned", "none"),
+    "backbone.relative_position": one_of("none", "shared", "per_block"),
+    "backbone.class_token": BOOL,
+    "backbone.freeze_patch_embed": BOOL,
+    "backbone.initialization": one_of("timm", "moco_v3", "simmim", "mae"),
     "loss.lambda": Rule(
         is_weight,
         "a number in [0, 1] or a schedule of such, as in {schedule: linear, start: 0, end: 1} (linear or cosine) "
         "or {schedule: step, start: 0, end: 1, at: 0.5}",
     ),
+    "loss.mim_view": one_of("own", "contrastive"),
+    "loss.contrastive_input": one_of("clean", "masked"),
+    "loss.contrastive": SECTION,
+    "loss.mim": SECTION,
     **{
         f"{loss}.{key}": rule
-        for loss in ("loss", "loss.contrastive", "loss.mim")
+        for loss in LOSSES
         for key, rule in {
             "temperature": POSITIVE,
             "momentum": SHARE,
+            "momentum_schedule": one_of("cosine", "constant"),
             "hidden_dim": whole(1),
             "out_dim": whole(1),
             "projector_layers": whole(1),
             "predictor_layers": whole(1),
+            "pool": one_of("cls", "patch_mean"),
             "mask_ratio": INSIDE,
             "mask_unit": whole(1) | NULL,
+            "norm_pix_loss": BOOL,
+            "decoder": one_of("linear", "vit"),
             "decoder_width": whole(1),
             "decoder_depth": whole(1),
             "decoder_heads": whole(1),
+            "recipe": TEXT,
         }.items()
     },
+    **{
+        f"views.{recipe}.{key}": rule
+        for recipe in RECIPES
+        for key, rule in {
+            "crop_scale": span(number("(0, 1]")),
+            "crop_ratio": span(POSITIVE),
+            "interpolation": one_of("bilinear", "bicubic"),
+            "jitter_prob": SHARE,
+            "gray_prob": SHARE,
+            "blur_sigma": span(POSITIVE),
+            "blur_prob": list_of(SHARE, 2),
+            "solarize_threshold": number("[0, 256]"),
+            "solarize_prob": list_of(SHARE, 2),
+            "flip_prob": SHARE,
+        }.items()
+    },
+    "views.moco_v3.jitter": Rule(
+        lambda v: list_of(NOT_NEGATIVE, 4).passes(v) and v[3] <= 0.5,
+        "a list of 4, each a number of at least 0, the last at most 0.5",
+    ),
     "optimizer.lr": POSITIVE,
     "optimizer.lr_batch": whole(1) | NULL,
     "optimizer.weight_decay": NOT_NEGATIVE,
@@ -189,6 +242,7 @@ VALUES: dict[str, Rule] = {
     "trainer.limit_val_batches": whole(1) | NULL,
     "trainer.deterministic": BOOL,
     "trainer.progress": one_of("auto", True, False),
+    "callbacks.probe.feature": SECTION,
     "callbacks.probe.feature.layer": whole(1) | one_of(-1),
     "callbacks.probe.feature.pool": one_of("cls", "patch_mean", "cls_patch_mean"),
     "callbacks.probe.feature.norm": BOOL,
@@ -198,66 +252,63 @@ VALUES: dict[str, Rule] = {
     "callbacks.probe.temperature": POSITIVE,
     "callbacks.gradient_norms.every_n_steps": whole(1),
     "logger.name": one_of("wandb", "csv"),
+    "logger.project": TEXT,
+    "logger.entity": TEXT | NULL,
     "logger.mode": one_of("auto", "online", "offline"),
 }
+
+# Key -> the key that conf/ takes its value from: a mistake there is named there alone.
+TAKEN_FROM = {"backbone.patch_size": "data.patch_size"}
 
 
 # ---- relations: (the keys, a function of their values that names what is wrong) ------------------------------------
 
 
-def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-
-
-def patch_divides_image(image_size: Any, patch: int) -> str | None:
+def patch_divides_image(image_size: int, patch: int) -> str | None:
     """The image is a whole number of patches."""
-    if min(_sides(image_size)) < patch:
-        return f"data.image_size must be at least backbone.patch_size ({patch} px), not {show(image_size)}"
-    if any(side % patch for side in _sides(image_size)):
+    if image_size < patch:
+        return f"data.image_size must be at least backbone.patch_size ({patch} px), not {image_size}"
+    if image_size % patch:
         return (
-            f"backbone.patch_size must divide data.image_size ({show(image_size)} px), which {patch} does not; "
-            f"possible: {_divisors(*_sides(image_size))}"
+            f"backbone.patch_size must divide data.image_size ({image_size} px), which {patch} does not; "
+            f"possible: {_divisors(image_size)}"
         )
     return None
 
 
-def backbone_sees_the_data(backbone_size: Any, data_size: Any) -> str | None:
-    """The encoder is built for the images that it gets."""
-    if _sides(backbone_size) != _sides(data_size):
-        return (
-            f"backbone.image_size must be data.image_size ({show(data_size)}), not {show(backbone_size)}: "
-            "set data.image_size alone"
-        )
-    return None
+def takes_the_data_size(key: str) -> Callable[[Any, int], str | None]:
+    """Encoder and views are made for images of one size."""
+
+    def check(size: Any, data_size: int) -> str | None:
+        if size == data_size:
+            return None
+        return f"{key} must be data.image_size ({data_size}), not {show(size)}: set data.image_size alone"
+
+    return check
 
 
-def mask_unit_fits(key: str) -> Callable[[Any, int, int | None], str | None]:
+def mask_unit_fits(key: str) -> Callable[[int, int, int | None], str | None]:
     """SimMIM's masked blocks are whole patches and tile the image."""
 
-    def check(image_size: Any, patch: int, unit: int | None) -> str | None:
-        sides = _sides(image_size)
-        if any(side % patch for side in sides):
-            return None  # reported already
+    def check(image_size: int, patch: int, unit: int | None) -> str | None:
         value = f"{unit}" if unit else f"null, which means two patches or {2 * patch} px,"
         side = unit or 2 * patch
-        if side % patch == 0 and not any(s % side for s in sides):
+        if side % patch == 0 and image_size % side == 0:
             return None
-        fits = [d for d in range(patch, min(sides) + 1, patch) if not any(s % d for s in sides)]
+        fits = [d for d in range(patch, image_size + 1, patch) if image_size % d == 0]
         return (
             f"{key} must be a multiple of backbone.patch_size ({patch} px) that divides data.image_size "
-            f"({show(image_size)} px), which {value} is not; possible: {', '.join(map(str, fits))}"
+            f"({image_size} px), which {value} is not; possible: {', '.join(map(str, fits))}"
         )
 
     return check
 
 
-def something_stays_visible(key: str) -> Callable[[bool, float, Any, int], str | None]:
+def something_stays_visible(key: str) -> Callable[[bool, float, int, int], str | None]:
     """MAE's encoder sees at least one patch, and at least one is hidden."""
 
-    def check(_: bool, ratio: float, image_size: Any, patch: int) -> str | None:
-        if any(side % patch for side in _sides(image_size)):
-            return None  # reported already
-        num = math.prod(side // patch for side in _sides(image_size))
+    def check(_: bool, ratio: float, image_size: int, patch: int) -> str | None:
+        num = (image_size // patch) ** 2
         kept = int(num * (1 - ratio))
         if 0 < kept < num:
             return None
@@ -277,11 +328,37 @@ def decoder_heads_divide(prefix: str) -> Callable[[int, int], str | None]:
     return check
 
 
-def parts_differ(loss: str, contrastive: str, mim: str) -> str | None:
-    """The hybrid joins two different objectives, and not itself."""
-    if len({loss, contrastive, mim}) < 3:
-        return "loss@loss.mim must choose a masked-image-modelling loss (mim or mae) and loss@loss.contrastive another"
-    return None
+PARTS: dict[str, tuple[Callable[[Config], bool], str]] = {
+    "loss.contrastive": (lambda part: not {"mask_ratio", "mim"} & set(part), "a contrastive loss (contrastive)"),
+    "loss.mim": (lambda part: "mask_ratio" in part, "a masked-image-modelling loss (mim or mae)"),
+}
+"""Part of the hybrid -> whether a loss can be that part, and what can."""
+
+
+def part_fits(key: str) -> Callable[[Config], str | None]:
+    """The hybrid joins a contrastive and a masked-image-modelling objective, and not itself."""
+    fits, allowed = PARTS[key]
+    return lambda part: None if fits(part) else f"loss@{key} must choose {allowed}"
+
+
+def recipe_exists(key: str) -> Callable[[str, Config], str | None]:
+    """The augmentation recipe that an objective names is one of the views."""
+
+    def check(recipe: str, views: Config) -> str | None:
+        return None if recipe in views else f"{key} must be one of the views, {', '.join(views)}, not {show(recipe)}"
+
+    return check
+
+
+def token_exists(key: str) -> Callable[[str, bool], str | None]:
+    """A class token can be read where there is one."""
+
+    def check(pool: str, class_token: bool) -> str | None:
+        if pool == "cls" and not class_token:
+            return f"{key} must be patch_mean with backbone.class_token=false, not cls"
+        return None
+
+    return check
 
 
 def heads_divide_width(width: int, heads: int) -> str | None:
@@ -345,14 +422,22 @@ IMAGE = ("data.image_size", "backbone.patch_size")
 BATCH = ("data.batch_size", "trainer.devices", "trainer.num_nodes", "trainer.accumulate")
 RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (IMAGE, patch_divides_image),
-    (("backbone.image_size", "data.image_size"), backbone_sees_the_data),
+    *(
+        ((key, "data.image_size"), takes_the_data_size(key))
+        for key in ("backbone.image_size", *(f"views.{recipe}.image_size" for recipe in RECIPES))
+    ),
     *(((*IMAGE, f"{p}.mask_unit"), mask_unit_fits(f"{p}.mask_unit")) for p in ("loss", "loss.mim")),
     *(
         ((f"{p}.norm_pix_loss", f"{p}.mask_ratio", *IMAGE), something_stays_visible(f"{p}.mask_ratio"))
         for p in ("loss", "loss.mim")
     ),
     *(((f"{p}.decoder_width", f"{p}.decoder_heads"), decoder_heads_divide(p)) for p in ("loss", "loss.mim")),
-    (("loss._target_", "loss.contrastive._target_", "loss.mim._target_"), parts_differ),
+    *(((part,), part_fits(part)) for part in PARTS),
+    *(((f"{loss}.recipe", "views"), recipe_exists(f"{loss}.recipe")) for loss in LOSSES),
+    *(
+        ((f"{owner}.pool", "backbone.class_token"), token_exists(f"{owner}.pool"))
+        for owner in ("loss", "loss.contrastive", "callbacks.probe.feature")
+    ),
     (("backbone.width", "backbone.num_heads"), heads_divide_width),
     (("backbone.width", "backbone.positions"), sincos_needs_four_parts),
     (BATCH, batch_splits),
@@ -379,11 +464,12 @@ def get(config: Config, key: str) -> Any:
     return node
 
 
-def violations(config: Config) -> Iterator[str]:
-    """One sentence for every rule that a configuration breaks.
+def violations(config: Config, failed: Iterable[str] = ()) -> Iterator[str]:
+    """One sentence for every rule that a configuration breaks; each begins with the key to change.
 
     Args:
         config: The resolved configuration as plain containers.
+        failed: Keys that are known to be wrong: no relation is asked of them, nor of those that are found here.
 
     >>> list(violations({"seed": -1}))[-1]
     'seed must be a whole number of at least 0, not -1.'
@@ -391,21 +477,24 @@ def violations(config: Config) -> Iterator[str]:
     for section in SECTIONS:
         if not isinstance(config.get(section), Mapping):
             yield f"{section} must be a section with keys, not {show(config.get(section))}."
-    failed = set()
+    failed = set(failed)
     for key, rule in VALUES.items():
         value = get(config, key)
         if value is not _ABSENT and not rule.passes(value):
+            source = TAKEN_FROM.get(key)
+            if source not in failed or get(config, source) != value:
+                yield f"{key} must be {rule.allowed}, not {show(value)}."
             failed.add(key)
-            yield f"{key} must be {rule.allowed}, not {show(value)}."
     for keys, relation in RELATIONS:
         values = [get(config, key) for key in keys]
         if any(v is _ABSENT for v in values) or failed & set(keys):
             continue
         problem = relation(*values)
         if problem:
+            failed.add(problem.split()[0])
             yield f"{problem}."
 
 
-def _divisors(height: int, width: int) -> str:
-    divisors = [d for d in range(1, min(height, width) + 1) if height % d == 0 and width % d == 0]
+def _divisors(number: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
     return ", ".join(map(str, [d for d in divisors if d >= 4][:6] or divisors))

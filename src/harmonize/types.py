@@ -5,7 +5,7 @@ Letters used in shapes throughout the project: B images, H heads, N patch tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -162,6 +162,10 @@ class ConfigError(ValueError):
     """A mistake in the configuration: the message is one sentence naming the key, the value and what is allowed."""
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the terms."""
+
+
 @runtime_checkable
 class Objective(Protocol):
     """A pre-training objective (an ``nn.Module``)."""
@@ -175,6 +179,3 @@ class Objective(Protocol):
 
     def __call__(self, encoder: Encoder, batch: Batch, progress: Progress) -> ObjectiveOutput:
         """The loss of one micro-batch."""
-
-
-Transform = Callable[..., "Tensor"]

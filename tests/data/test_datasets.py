@@ -496,6 +496,7 @@ def test_imagenet100_reads_its_class_list(imagenet):
     assert len(data.split("train")) == 8
     assert [data.classes[label] for label in data.split("val").labels] == ["n01", "n03"]
     assert "n03" in data.split("val").name(1)
+    assert len(ImageNet100(str(imagenet), str(imagenet / "list.txt"), num_train=2).split("train")) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import os
 import pickle
 import warnings
 
@@ -6,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonize.data import module as module_file
 from harmonize.data.datasets import Folder, UnreadableImage
 from harmonize.data.module import DataModule
 from harmonize.data.views import Evaluation, MoCoV3, SimMIM
@@ -59,11 +59,6 @@ def assert_same(first, second):
             assert all(torch.equal(x, y) for x, y in zip(a.views[name], b.views[name], strict=True))
         for field in ("label", "index", "seed"):
             assert torch.equal(getattr(a, field), getattr(b, field))
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    module_file._warn_once.cache_clear()
 
 
 def test_a_training_batch():
@@ -135,19 +130,19 @@ def test_the_global_generators_are_left_alone(num_workers):
         if len(states) == 2:
             data = make(num_workers=num_workers)
             list(data.train_loader())
-            list(data.val_loader())
+            list(data.feature_loader("val"))
             assert torch.equal(torch.get_rng_state(), states[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_is_clean_complete_and_in_shards(num_workers):
     dataset = Noise(21)
-    whole = list(make(dataset, num_workers=num_workers).val_loader())
+    whole = list(make(dataset, num_workers=num_workers).feature_loader("val"))
     assert torch.cat([batch.index for batch in whole]).tolist() == list(range(21))
     clean = Evaluation(16, 0.875)
     for index, image in enumerate(torch.cat([batch.image for batch in whole])):
         assert torch.equal(image, clean(dataset.load(index)[0]))
-    shards = [make(dataset, num_workers=num_workers, world_size=2, rank=rank).val_loader() for rank in (0, 1)]
+    shards = [make(dataset, num_workers=num_workers, world_size=2, rank=r).feature_loader("val") for r in (0, 1)]
     found = sorted(int(index) for shard in shards for batch in shard for index in batch.index)
     assert found == list(range(21))
 
@@ -200,25 +195,53 @@ def test_unreadable_images_are_named_once():
     assert messages == [f"skipped noise{i}, which cannot be read: it is bad" for i in (3, 4)]
 
 
+def test_unreadable_images_are_named_once_by_all_workers_of_all_epochs(capfd):
+    data = make(Noise(bad={3, 4}), num_workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
+        for _ in range(2):
+            list(data.feature_loader("val"))
+    assert sorted(capfd.readouterr().err.split("\n")) == [
+        "",
+        *(f"skipped noise{i}, which cannot be read: it is bad" for i in (3, 4)),
+    ]
+
+
+def test_readable_images_are_looked_for_in_silence():
+    class Halves(Noise):
+        def split(self, name):
+            return Noise(bad=range(39) if name == "train" else range(40))
+
+    data = make(Halves())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.check_readable(probes=False)
+        with pytest.raises(ConfigError, match=r"40 in a row cannot be read, from noise0: it is bad$"):
+            data.check_readable(probes=True)
+    with pytest.warns(UserWarning, match="skipped"):  # named when training meets them
+        next(iter(data.train_loader()))
+
+
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_evaluation_leaves_unreadable_images_out():
-    batches = list(make(Noise(21, bad={0, 9, *range(16, 21)})).val_loader())
+    batches = list(make(Noise(21, bad={0, 9, *range(16, 21)})).feature_loader("val"))
     assert [len(batch) for batch in batches] == [7, 7, 0]
     assert batches[2].image.shape == (0, 3, 16, 16)
     assert batches[2].seed.dtype == torch.int64
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("loader", ["train_loader", "val_loader"])
+@pytest.mark.parametrize("loader", ["train", "val"])
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_no_readable_image_is_one_legible_error(num_workers, loader):
     data = make(Noise(bad=range(40)), num_workers=num_workers)
-    batches = iter(getattr(data, loader)())
+    batches = iter(data.train_loader() if loader == "train" else data.feature_loader("val"))
     with pytest.raises(ConfigError) as error:
         list(batches)
     if num_workers:  # the exception refers to the iterator in a cycle, and workers found by the collector hang for 5 s
         batches._shutdown_workers()
-    assert str(error.value).startswith("data.root holds no usable images: 40 in a row, from noise")
+    assert str(error.value).startswith("data.root holds no usable images: 40 in a row cannot be read, from noise")
     assert "\n" not in str(error.value)
 
 
@@ -248,7 +271,7 @@ def test_a_real_folder_with_a_damaged_file(tmp_path):
 
 def test_datasets_of_the_loaders_pickle():
     data = make()
-    for loader in (data.train_loader(), data.val_loader()):
+    for loader in (data.train_loader(), data.feature_loader("val")):
         again = pickle.loads(pickle.dumps((loader.dataset, loader.batch_sampler, loader.collate_fn)))
         assert len(again[2]([again[0][next(iter(again[1]))[0]]])) == 1
 

@@ -8,7 +8,7 @@ import torch
 from harmonize.evaluation.features import Features
 from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
-from harmonize.types import FeatureSpec
+from harmonize.types import ConfigError, FeatureSpec
 
 PROTOCOLS = [knn_accuracy, linear_probe_accuracy]
 
@@ -31,6 +31,15 @@ def test_finds_what_is_planted(protocol):
 def test_the_same_feature_on_both_sides(protocol):
     with pytest.raises(ValueError, match=r"layer=2 .*layer=1 "):
         protocol(planted(30, 0), replace(planted(30, 1), spec=FeatureSpec(1)), 3)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_no_labelled_image_is_a_sentence(protocol, side):
+    sides = {"train": planted(30, 0), "val": planted(30, 1)}
+    sides[side] = replace(sides[side], label=torch.full((30,), -1))
+    with pytest.raises(ConfigError, match=rf"data\.root .* {side} images"):
+        protocol(**sides, num_classes=3)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -82,7 +82,7 @@ def test_a_collapsed_network_is_at_the_chance_level_and_shows_it():
 
 def test_patch_mean_serves_encoders_without_class_token():
     encoder = tiny_encoder(class_token=False)
-    with pytest.raises(ValueError, match=r"loss\.pool=cls needs backbone\.class_token=true"):
+    with pytest.raises(ValueError, match=r"^pool=cls needs backbone\.class_token=true"):
         Contrastive(encoder, **HEADS)
     objective = Contrastive(encoder, pool="patch_mean", **HEADS)
     assert torch.isfinite(objective(encoder, random_batch(), Progress(0, 1)).loss)
@@ -92,5 +92,5 @@ def test_patch_mean_serves_encoders_without_class_token():
     ("key", "value"), [("temperature", 0), ("momentum", 1.5), ("pool", "max"), ("momentum_schedule", "x")]
 )
 def test_bad_values_are_named(key, value):
-    with pytest.raises(ValueError, match=rf"loss\.{key}={value}"):
+    with pytest.raises(ValueError, match=rf"^{key}={value}"):
         Contrastive(tiny_encoder(), **{key: value}, **HEADS)

@@ -8,15 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from harmonize.objectives.hybrid import Hybrid
+from harmonize.objectives.mim import MaskedImageModeling
 from harmonize.training.callbacks import probe as probe_module
 from harmonize.training.callbacks.gradient_norms import GradientNorms
 from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.loggers import read_rows
-from harmonize.types import FeatureSpec
-from tests.helpers import random_batch
-from tests.training.conftest import make_batches, make_module
+from harmonize.types import ConfigError, FeatureSpec
+from tests.helpers import random_batch, tiny_encoder
+from tests.training.conftest import CONTRASTIVE, make_batches, make_module
 from tests.training.test_module import assert_bit_equal, weights
 
 
@@ -128,20 +130,10 @@ def test_one_function_makes_the_feature_for_fitting_and_for_scoring(fit, monkeyp
     assert fitted["t"].spec == fitted["v"].spec == spec
 
 
-def test_the_number_of_validation_batches_limits_both_sides(fit, monkeypatch):
-    sizes = {}
-    monkeypatch.setattr(
-        probe_module, "knn_accuracy", lambda train, val, *_: sizes.update(t=len(train.x), v=len(val.x)) or 0.5
-    )
-    loader = [_batch(i) for i in range(5)]
-    module = make_module("mim", total_steps=1)
-    fit(module, make_batches(1), [make_probe(loader)], val=loader, limit_val_batches=2)
-    assert sizes == {"t": 12, "v": 12}
-
-
-def _batch(number):
-    batch = random_batch(6, seed=number)
-    return replace(batch, index=batch.index + 6 * number)
+def test_no_readable_validation_image_is_a_sentence(fit):
+    none = replace(random_batch(), **{key: getattr(random_batch(), key)[:0] for key in ("image", "label", "index")})
+    with pytest.raises(ConfigError, match=r"data\.root has no readable image .*callbacks\.probe=null"):
+        fit(make_module("mim", total_steps=1), make_batches(1), [make_probe(make_batches(1))], val=[none])
 
 
 # ---- metrics and progress --------------------------------------------------------------------------------------------
@@ -166,6 +158,16 @@ def test_epoch_rows_are_means_over_the_epoch(fit, tmp_path):
     steps = column(tmp_path, "train/loss")
     for end, mean in column(tmp_path, "epoch/loss").items():
         assert mean == pytest.approx(sum(steps[s] for s in range(end - 3, end + 1)) / 4, rel=1e-5)
+
+
+def test_a_term_that_comes_later_takes_nothing_from_the_others(fit, tmp_path):
+    encoder = tiny_encoder()
+    late = {"schedule": "step", "start": 0, "end": 0.5, "at": 0.5}
+    fit(make_module(Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, late), encoder=encoder), make_batches())
+    for name, steps in (("loss", 4), ("loss_mim", 4), ("loss_contrastive", 2)):
+        values = column(tmp_path, f"train/{name}")
+        assert len(values) == steps
+        assert column(tmp_path, f"epoch/{name}")[4] == pytest.approx(sum(values.values()) / steps, rel=1e-5)
 
 
 def test_all_that_is_promised_is_logged(fit, tmp_path):

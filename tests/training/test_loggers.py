@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -27,20 +28,21 @@ def test_rows_and_latest_values(tmp_path):
     logger.log_metrics({"val/knn_top1": 0.5}, 2)
     logger.log_metrics({"epoch/loss": 1.0, "train/loss": 1.5}, 2)
     logger.save()
+    assert not (tmp_path / "metrics.json").exists()  # only at the end
     assert read_rows(tmp_path / "metrics.jsonl") == [
         {"step": 1, "train/loss": 2.0},
         {"step": 2, "val/knn_top1": 0.5},
         {"step": 2, "epoch/loss": 1.0, "train/loss": 1.5},
     ]
     latest = {"step": 2, "train/loss": 1.5, "val/knn_top1": 0.5, "epoch/loss": 1.0}
-    assert json.loads((tmp_path / "metrics.json").read_text()) == latest
+    assert logger.latest == latest
     assert logger.now == {"step": 2, "val/knn_top1": 0.5, "epoch/loss": 1.0, "train/loss": 1.5}
 
 
 def test_what_json_cannot_hold(tmp_path):
     logger = JsonLogger(tmp_path)
     logger.log_metrics({"a": math.nan, "b": -math.inf, "c": 1}, 1)
-    logger.save()
+    logger.complete(logger.latest)
     strict = {"parse_constant": lambda word: pytest.fail(f"{word} is not JSON")}
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), **strict) == {"step": 1, "a": None, "b": None, "c": 1.0}
     assert json.loads((tmp_path / "metrics.json").read_text(), **strict)["a"] is None
@@ -63,8 +65,31 @@ def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path):
         (3, 3),
         (4, 40),
     ]
+    second.complete(second.latest)
     JsonLogger(tmp_path)  # no checkpoint: the run starts anew
     assert read_rows(tmp_path / "metrics.jsonl") == []
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path):
+    logger = JsonLogger(tmp_path)
+    logger.log_metrics({"x": 1.0}, 1)
+    logger.rows.rename(tmp_path / "rows")
+    logger.rows.symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="Metrics cannot be written .*No space left.*training goes on") as caught:
+        logger.log_metrics({"x": 1.0}, 2)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger.log_metrics({"x": 1.0}, 3)
+    (tmp_path / "rows").replace(logger.rows)
+    with logger.rows.open("a") as file:
+        file.write('{"step": 3')  # what a full disk may leave of a row
+    for step in (4, 5):
+        logger.log_metrics({"x": 1.0}, step)
+    assert [row["step"] for row in read_rows(logger.rows)] == [1, 4, 5]
+    assert logger.latest["step"] == 5
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from harmonize.training.callbacks.metrics import NonFiniteLossError
 from harmonize.training.loggers import read_rows
 from harmonize.training.optim import learning_rate
-from harmonize.types import Batch, ObjectiveOutput, Progress
+from harmonize.types import Batch, NonFiniteLossError, ObjectiveOutput, Progress
 from tests.helpers import random_batch, tiny_encoder
 from tests.training.conftest import OPTIMIZER, make_batches, make_module
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonize.config import check_config, compose
+from harmonize.cli import main
+from harmonize.config import check_config, compose, save_config
+from harmonize.training.callbacks import probe
 from harmonize.training.loggers import read_rows
 from harmonize.training.run import find_checkpoint, train
 from harmonize.types import ConfigError
@@ -219,13 +221,109 @@ def test_a_longer_run_goes_on_and_says_what_changed(overrides, tmp_path, capsys)
     assert [row["step"] for row in rows(tmp_path / "run") if "val/knn_top1" in row][-1] == 11
 
 
-def test_fresh_moves_the_old_folder_aside(overrides, tmp_path):
+def test_fresh_moves_the_old_folder_aside(overrides, tmp_path, capsys):
+    (tmp_path / "run").mkdir()  # an empty folder may stay
     for _ in range(3):
         run(*overrides, "trainer.max_steps=1", "run.fresh=true")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+    assert f"The old run folder is now {tmp_path / 'run.old-2'}" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == len(
         read_rows(tmp_path / "run.old-1" / "metrics.jsonl")
     )
+
+
+@pytest.mark.parametrize("name", ["run", "run/notes.txt"])  # a file, a folder with something else in it
+def test_fresh_moves_nothing_but_run_folders(overrides, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=r"^run\.dir=.* is no run folder.*\.$"):
+        run(*overrides, "run.fresh=true")
+    assert path.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_corrupt_images_are_one_sentence_and_leave_nothing(overrides, tmp_path, recwarn):
+    root = tmp_path / "images"
+    for i in range(40):
+        path = root / f"{'ab'[i % 2]}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"corrupt")
+    with pytest.raises(ConfigError, match=r"^data\.root holds no usable images: .* in a row cannot be read, from .*$"):
+        run(*overrides, f"data.root={root}")
+    assert not (tmp_path / "run").exists()
+    assert not [w for w in recwarn if "skipped" in str(w.message)]
+
+
+@pytest.mark.parametrize("text", ["", "seed: [", "seed: 0\n"])
+def test_a_torn_configuration_counts_as_absent(overrides, tmp_path, text):
+    metrics = run(*overrides, "trainer.max_steps=1")
+    stored = tmp_path / "run" / "config.yaml"
+    before = stored.read_text()
+    stored.write_text(text)
+    assert run(*overrides, "trainer.max_steps=1") == metrics
+    assert stored.read_text() == before
+
+
+def test_the_configuration_is_replaced_whole_and_only_when_it_changes(overrides, tmp_path, monkeypatch):
+    path, cfg = tmp_path / "config.yaml", compose(overrides)
+    save_config(cfg, path)
+    before = path.stat()
+    save_config(cfg, path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    content = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_config(compose([*overrides, "seed=1"]), path)
+    assert path.read_bytes() == content
+
+
+def test_changed_options_of_the_optimizer_take_effect(overrides, tmp_path):
+    run(*overrides, "trainer.max_steps=1")
+    changed = ["optimizer.weight_decay=0.3", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-4"]
+    run(*overrides, "trainer.max_steps=2", *changed)
+    (state,) = load(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
+    options = [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in state["param_groups"]]
+    assert options == [(0.3, (0.8, 0.9), 1e-4), (0.0, (0.8, 0.9), 1e-4)]
+    assert {float(moments["step"]) for moments in state["state"].values()} == {2}
+
+
+@pytest.mark.parametrize("patterns", ["[]", "[1d]", "[1d, cls_token, '*.mask_token']"])
+def test_other_groups_of_the_optimizer_are_refused(overrides, tmp_path, patterns):
+    run(*overrides, "trainer.max_steps=1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"^run\.dir=.*optimizer\.no_decay is .* there and .* here.*\.$"):
+        run(*overrides, "trainer.max_steps=2", f"optimizer.no_decay={patterns}")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_short_validation_takes_images_of_all_classes(overrides, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        probe, "knn_accuracy", lambda train, val, *_: seen.append((train.label.tolist(), val.label.tolist())) or 0.5
+    )
+    small = ["data.batch_size=2", "data.val_fraction=0.5", "trainer.limit_val_batches=1", "trainer.max_steps=1"]
+    run(*overrides, *small)
+    assert seen == [([0, 1], [0, 1])] * 2
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(overrides, tmp_path, capsys):
+    assert main(["train", *overrides, "trainer.max_steps=1"]) == 0
+    capsys.readouterr()
+    assert main(["train", *overrides, "optimizer.lr=1e30"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harmonize: error: The loss is not finite at optimiser step ")
+    assert not (tmp_path / "run" / "metrics.json").exists()  # not even that of the shorter run
+
+
+def test_fp16_is_refused_without_a_gpu(overrides, tmp_path):
+    with pytest.raises(ConfigError, match=r"^trainer\.precision=fp16 needs a GPU; use bf16, 32 or auto\.$"):
+        run(*overrides, "trainer.precision=fp16")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_epoch_is_validated_whatever_the_interval(overrides, tmp_path):

@@ -90,7 +90,7 @@ class ViTEncoder(VisionTransformer):
             ("initialization", initialization, INITIALIZATIONS),
         ):
             if value not in allowed:
-                raise ValueError(f"backbone.{key}={value} must be one of {', '.join(allowed)}")
+                raise ValueError(f"{key}={value} must be one of {', '.join(allowed)}")
         super().__init__(
             img_size=image_size if isinstance(image_size, int) else (image_size[0], image_size[1]),
             patch_size=patch_size,

@@ -240,34 +240,15 @@ class OpenClipart(Folder):
 
 
 class ImageNet(Folder):
-    """ImageNet-1k (ILSVRC 2012), ``root/train/WNID`` and ``root/val/WNID``; val is the official validation set.
+    """ImageNet-1k (ILSVRC 2012), ``root/train/WNID`` and ``root/val/WNID``.
 
-    Args:
-        root: Folder that holds train and val.
-        num_train: As in ``Folder``, like all that follow.
-        num_val: See there.
-        max_pixels: See there.
-        cache: See there.
-        cache_size: See there.
-        image_size: See there.
+    Arguments as in ``Folder``; ``val_fraction`` plays no part, because val is the official validation set.
     """
 
     _missing = (
         "give the folder that holds train/WNID and val/WNID, unpacked from ILSVRC2012_img_train.tar and "
         "ILSVRC2012_img_val.tar (image-net.org, after registration)"
     )
-
-    def __init__(
-        self,
-        root: str | None,
-        num_train: int | None = None,
-        num_val: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        cache: bool = False,
-        cache_size: int | None = None,
-        image_size: int = 224,
-    ):
-        super().__init__(root, 0.5, num_train, num_val, max_pixels, cache, cache_size, image_size)
 
     def _layout(self) -> tuple[Path, Path | None]:
         if not {"train", "val"} <= set(subfolders(self.root)):
@@ -281,28 +262,13 @@ class ImageNet100(ImageNet):
     Args:
         root: Folder that holds train and val of ImageNet-1k.
         class_list: File with one WNID per line; what follows a space, and lines that start with #, are ignored.
-        num_train: As in ``Folder``, like all that follow.
-        num_val: See there.
-        max_pixels: See there.
-        cache: See there.
-        cache_size: See there.
-        image_size: See there.
+        **options: The other arguments of ``Folder``.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        class_list: str | None,
-        num_train: int | None = None,
-        num_val: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        cache: bool = False,
-        cache_size: int | None = None,
-        image_size: int = 224,
-    ):
+    def __init__(self, root: str | None, class_list: str | None, **options: Any):
         self._class_list = class_list
         self._wanted = _read_class_list(class_list)
-        super().__init__(root, num_train, num_val, max_pixels, cache, cache_size, image_size)
+        super().__init__(root, **options)
 
     def _find_classes(self) -> list[str]:
         for part in ("train", "val"):

@@ -6,12 +6,11 @@ views that are built change no bit of it.
 
 from __future__ import annotations
 
-import functools
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.utils.data
@@ -78,6 +77,7 @@ class DataModule:
         self.micro_batch = batch_size // (world_size * accumulate)
         self._recipes = {view: recipes[recipe] for view, recipe in required_views.items()}
         self._clean = Evaluation(image_size, eval_crop)
+        self._sources: dict[tuple[str, SplitName], _Source] = {}
         self.num_train = len(dataset.split("train"))
         if self.num_train < batch_size:
             raise ConfigError(
@@ -95,6 +95,16 @@ class DataModule:
         """Optimiser steps per epoch; images that do not fill a batch are left out of the epoch."""
         return self.num_train // self.batch_size
 
+    def check_readable(self, probes: bool) -> None:
+        """Read the first readable image of train, and of what the probes look at, without naming those before it.
+
+        Raises:
+            UnreadableData: There is none.
+        """
+        sources = [self._source("train"), *(self._probe_source(name) for name in ("train", "val") if probes)]
+        for source in sources:
+            source.next_readable(0, source.split.load)
+
     def train_loader(self, epoch: int = 0, start: int = 0) -> DataLoader:
         """Batches with the required views, shuffled anew in each epoch (``loader.batch_sampler.set_epoch``).
 
@@ -102,34 +112,36 @@ class DataModule:
             epoch: The epoch to begin with.
             start: Micro-batches of that epoch to leave out. ``len`` remains that of a whole epoch.
         """
-        split = _prepared(self.dataset.split("train"))
+        source = self._source("train")
         sampler = EpochBatchSampler(
-            len(split), self.micro_batch, self.seed, self.rank, self.world_size, self.accumulate, epoch, start
+            len(source.split), self.micro_batch, self.seed, self.rank, self.world_size, self.accumulate, epoch, start
         )
-        return self._loader(_TrainingImages(split, self._recipes, self.seed), sampler, persistent=True)
-
-    def val_loader(self) -> DataLoader:
-        """The whole validation split as clean views, shared out over the ranks without padding.
-
-        Unreadable images are left out, so a batch may be smaller, or even empty.
-        """
-        return self._evaluation_loader(self.dataset.split("val"), None, persistent=True)
+        return self._loader(_TrainingImages(source, self._recipes, self.seed), sampler, persistent=True)
 
     def feature_loader(self, split: SplitName, num_images: int | None = None) -> DataLoader:
         """Clean views of evenly spaced images, the same list in every epoch and run, shared out over the ranks.
+
+        None is repeated to fill a batch. Unreadable images are left out, so a batch may be smaller, or even empty.
 
         Args:
             split: ``train`` or ``val``.
             num_images: How many over all ranks; None, or more than there are: all.
         """
-        source = getattr(self.dataset, "probe_split", self.dataset.split)(split)
-        return self._evaluation_loader(source, num_images, persistent=False)
-
-    def _evaluation_loader(self, split: Split, num_images: int | None, persistent: bool) -> DataLoader:
-        num = len(split) if num_images is None else min(num_images, len(split))
-        indices = [len(split) * i // num for i in range(num)]
+        source = self._probe_source(split)
+        total = len(source.split)
+        num = total if num_images is None else min(num_images, total)
+        indices = [total * i // num for i in range(num)]
         sampler = ShardedBatchSampler(indices, self.micro_batch, self.rank, self.world_size)
-        return self._loader(_EvaluationImages(_prepared(split), self._clean, self.seed), sampler, persistent)
+        return self._loader(_EvaluationImages(source, self._clean, self.seed), sampler, persistent=False)
+
+    def _probe_source(self, name: SplitName) -> _Source:
+        return self._source(name, "probe_split" if hasattr(self.dataset, "probe_split") else "split")
+
+    def _source(self, name: SplitName, method: str = "split") -> _Source:
+        """One for all loaders of a split, so that they know which images have been named."""
+        if (method, name) not in self._sources:
+            self._sources[method, name] = _Source(getattr(self.dataset, method)(name))
+        return self._sources[method, name]
 
     def _loader(self, images: _Images, sampler: torch.utils.data.Sampler, persistent: bool) -> DataLoader:
         workers: dict[str, Any] = {}
@@ -156,6 +168,55 @@ class UnreadableData(ConfigError):  # noqa: N818 (as UnreadableImage)
         super().__init__(message.splitlines()[-1].removeprefix(f"{__name__}.{type(self).__qualname__}: "))
 
 
+class _Source:
+    """A prepared split whose unreadable images are each named once in a run, by the first worker to meet them.
+
+    Every validation starts new workers, hence the memory that all processes share.
+    """
+
+    def __init__(self, split: Split):
+        if hasattr(split, "prepare"):  # in this process: workers may not start processes for it
+            split.prepare()
+        self.split = split
+        self.named = torch.zeros(len(split), dtype=torch.bool).share_memory_()
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Image and label.
+
+        Raises:
+            OSError: The image is unreadable; the first time a warning says so.
+        """
+        try:
+            return self.split.load(index)
+        except OSError as error:
+            if not self.named[index]:
+                self.named[index] = True
+                warnings.warn(f"skipped {self.split.name(index)}, which cannot be read: {error}", stacklevel=1)
+            raise
+
+    def next_readable(
+        self, index: int, read: Callable[[int], tuple[Image.Image, int]] | None = None
+    ) -> tuple[int, Image.Image, int]:
+        """Index, image and label of the first readable image from ``index`` on (after the last comes the first).
+
+        Args:
+            index: Where to begin.
+            read: How to read; None: :meth:`read`.
+
+        Raises:
+            UnreadableData: There is none, or too many in a row are unreadable.
+        """
+        num = min(_MOST_UNREADABLE_IN_A_ROW, len(self.split))
+        reason = ""
+        for candidate in range(index, index + num):
+            candidate %= len(self.split)
+            try:
+                return candidate, *(read or self.read)(candidate)
+            except OSError as error:
+                reason = reason or f"{self.split.name(candidate)}: {error}".partition("\n")[0]
+        raise UnreadableData(f"data.root holds no usable images: {num} in a row cannot be read, from {reason}")
+
+
 @dataclass
 class _Sample:
     key: tuple[int, int]  # (epoch, index) that was asked for: its seed comes from this
@@ -166,31 +227,10 @@ class _Sample:
 
 
 class _Images(torch.utils.data.Dataset):
-    """A split as the data loader sees it: unreadable images are named once and skipped."""
+    """A split as the data loader sees it."""
 
-    def __init__(self, split: Split, seed: int):
-        self.split, self.seed = split, seed
-
-    def read(self, index: int) -> tuple[Image.Image, int] | None:
-        """Image and label, None if the image is unreadable."""
-        try:
-            return self.split.load(index)
-        except OSError as error:
-            _warn_once(f"skipped {self.split.name(index)}, which cannot be read: {error}")
-            return None
-
-    def read_next(self, index: int) -> tuple[int, Image.Image, int]:
-        """Index, image and label of the first readable image from ``index`` on (after the last comes the first).
-
-        Raises:
-            UnreadableData: There is none, or too many in a row are unreadable.
-        """
-        num = min(_MOST_UNREADABLE_IN_A_ROW, len(self.split))
-        for candidate in range(index, index + num):
-            candidate %= len(self.split)
-            if (found := self.read(candidate)) is not None:
-                return candidate, *found
-        _raise_unreadable(num, self.split.name(index))
+    def __init__(self, source: _Source, seed: int):
+        self.source, self.seed = source, seed
 
     def collate(self, samples: Sequence[_Sample]) -> Batch:
         """Stack samples into a batch."""
@@ -210,13 +250,13 @@ class _Images(torch.utils.data.Dataset):
 class _TrainingImages(_Images):
     """(epoch, index) -> the required views. The next readable image stands in for one that is not."""
 
-    def __init__(self, split: Split, recipes: Mapping[str, Recipe], seed: int):
-        super().__init__(split, seed)
+    def __init__(self, source: _Source, recipes: Mapping[str, Recipe], seed: int):
+        super().__init__(source, seed)
         self.recipes = dict(recipes)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         epoch, index = key
-        used, image, label = self.read_next(index)
+        used, image, label = self.source.next_readable(index)
         views = {}
         with torch.random.fork_rng(devices=[]):
             for name, recipe in self.recipes.items():
@@ -229,14 +269,15 @@ class _TrainingImages(_Images):
 class _EvaluationImages(_Images):
     """Index -> the clean view; an unreadable image is left out of its batch."""
 
-    def __init__(self, split: Split, clean: Evaluation, seed: int):
-        super().__init__(split, seed)
+    def __init__(self, source: _Source, clean: Evaluation, seed: int):
+        super().__init__(source, seed)
         self.clean = clean
 
     def __getitem__(self, index: int) -> _Sample | None:
-        if (found := self.read(index)) is None:
+        try:
+            image, label = self.source.read(index)
+        except OSError:
             return None
-        image, label = found
         return _Sample((0, index), {}, self.clean(image), label, index)
 
     def collate(self, samples: Sequence[_Sample | None]) -> Batch:
@@ -244,25 +285,7 @@ class _EvaluationImages(_Images):
         readable = [sample for sample in samples if sample is not None]
         if readable:
             return super().collate(readable)
-        self.read_next(0)
+        self.source.next_readable(0)
         none = torch.empty(0, dtype=torch.int64)
         side = self.clean.crop.size
         return Batch(views={}, image=torch.empty(0, 3, *side), label=none, index=none, seed=none)
-
-
-def _prepared(split: Split) -> Split:
-    """The split, after its own preparations (in this process: workers may not start processes for it)."""
-    if hasattr(split, "prepare"):
-        split.prepare()
-    return split
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
-def _raise_unreadable(num: int, first: str) -> NoReturn:
-    raise UnreadableData(
-        f"data.root holds no usable images: {num} in a row, from {first} on, cannot be read (the warnings say why)"
-    )

@@ -84,20 +84,49 @@ RANGES: dict[str, tuple[float, float, int]] = {
 }
 """Everything that is random about a scene, but for its labels: lowest and highest value, and how many."""
 
-_LOW, _HIGH = (np.repeat([r[i] for r in RANGES.values()], [r[2] for r in RANGES.values()]) for i in (0, 1))
-_ENDS = np.cumsum([r[2] for r in RANGES.values()]).tolist()
+CALM: dict[str, tuple[float, float]] = {
+    "centre": (-0.1, 0.1),
+    "radius": (0.75, 0.95),
+    "roll": (-0.2, 0.2),
+    "tilt": (-0.1, 0.1),
+    "occluder": (0.0, 0.0),
+    "middle": (128, 128),
+    "contrast": (110, 110),
+    "sign": (0.0, 1.0),
+    "hue": (0, 0),
+}
+"""The ranges that are narrower without clutter: an upright, whole object in one tone, so that colour, by which a
+contrastive network tells images apart first, tells it nothing."""
+
+DARKNESS = 0.55
+"""Without clutter the ground is this much darker and the object this much brighter, as shares of what is possible."""
+
+
+@lru_cache(maxsize=8)
+def _bounds(clutter: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lowest and highest value of every random number, between CALM (0) and RANGES (1)."""
+    low, high = (
+        np.repeat([r[i] + (1 - clutter) * (CALM.get(name, r)[i] - r[i]) for name, r in RANGES.items()], _COUNTS)
+        for i in (0, 1)
+    )
+    return low, high
+
+
+_COUNTS = [r[2] for r in RANGES.values()]
+_ENDS = np.cumsum(_COUNTS).tolist()
 _SLICES = {name: slice(end - RANGES[name][2], end) for name, end in zip(RANGES, _ENDS, strict=True)}
 _PLANE = np.array([0, 0, 1, 0, 1])  # of the five lookups in `render`: 0 the background's, 1 the object's
 
 
-def draw(*key: int) -> dict[str, NDArray[np.float64]]:
-    """The random numbers of one scene, by their names in RANGES, as a function of ``key`` alone."""
-    values = _LOW + (_HIGH - _LOW) * np.random.default_rng(key).random(len(_LOW))
+def draw(*key: int, clutter: float = 1.0) -> dict[str, NDArray[np.float64]]:
+    """The random numbers of one scene, by their names in RANGES, as a function of ``key`` and ``clutter`` alone."""
+    low, high = _bounds(clutter)
+    values = low + (high - low) * np.random.default_rng(key).random(len(low))
     return {name: values[where] for name, where in _SLICES.items()}
 
 
 def render(
-    scene: dict[str, NDArray[np.float64]], shape: int, texture: int, size: int
+    scene: dict[str, NDArray[np.float64]], shape: int, texture: int, size: int, clutter: float = 1.0
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Render one scene.
 
@@ -106,6 +135,7 @@ def render(
         shape: Index into SHAPES.
         texture: Index into TEXTURES.
         size: Side of the image, in px.
+        clutter: How much there is behind the object, from 0 (a plain, dark ground) to 1.
 
     Returns:
         The image (size, size, 3) and the mask (size, size) of the pixels where the object is in sight.
@@ -182,7 +212,7 @@ def render(
     np.multiply(light[0], blob, out=layers[0, 1])
     np.subtract(light[0], layers[0, 1], out=layers[0, 0])
     np.multiply(layers[0], height[:3], out=layers[1])
-    image = layers.reshape(6, -1).T @ _colours(scene)
+    image = layers.reshape(6, -1).T @ _colours(scene, clutter)
     image.clip(0, 255, out=image)
     return image.astype(np.uint8).reshape(size, size, 3), (visible > 0.5).reshape(size, size)
 
@@ -194,17 +224,18 @@ def _ramp(height: Array, threshold: float | NDArray[np.float64], slope: float | 
     height.clip(0, 1, out=height)
 
 
-def _colours(scene: dict[str, NDArray[np.float64]]) -> Array:
+def _colours(scene: dict[str, NDArray[np.float64]], clutter: float) -> Array:
     """Base colours of background, blobs and object, then their colour differences, (6, 3) in [0, 255]."""
     middle = scene["middle"].reshape(6, 3)
-    background, candidates = middle[0], middle[2:]
-    blobs = (background + middle[1]) / 2
-    # The object takes the candidate that stands out most, and has twice the contrast of what lies behind it.
+    dim = 1 - DARKNESS * (1 - clutter)
+    background, candidates = middle[0] * dim, 255 - (255 - middle[2:]) * dim
+    blobs = background + (middle[1] * dim - background) * (clutter / 2)
+    # The object takes the candidate that stands out most, and has twice the contrast of what lies behind it, or more.
     apart = np.minimum(np.abs(candidates - background).sum(1), np.abs(candidates - blobs).sum(1))
     colours = np.empty((6, 3), np.float32)
     colours[:3] = background, blobs, candidates[apart.argmax()]
     colours[3:] = np.copysign(scene["contrast"], scene["sign"])[:, None] + scene["hue"].reshape(3, 3)
-    colours[3:5] *= 0.5
+    colours[3:5] *= 0.5 * clutter
     colours[:3] -= colours[3:] / 2
     return colours
 
@@ -217,8 +248,10 @@ class ShapesSplit:
         textures: (len,) int64, the texture of every image.
     """
 
-    def __init__(self, seed: int, name: str, num: int, differences: list[int], image_size: int, label: str) -> None:
-        self._name, self._image_size, self._label = name, image_size, label
+    def __init__(
+        self, seed: int, name: str, num: int, differences: list[int], image_size: int, label: str, clutter: float
+    ) -> None:
+        self._name, self._image_size, self._label, self._clutter = name, image_size, label, clutter
         self._key = (seed, zlib.crc32(name.encode()))
         # Every round of NUM_KINDS images has each shape and each texture once, and every cycle of rounds has each pair
         # once; so the labels of ANY first n images are balanced to within one. Both orders are random.
@@ -258,7 +291,8 @@ class ShapesSplit:
         return f"shapes/{self._name}/{index} ({SHAPES[shape]}, {TEXTURES[texture]})"
 
     def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        return render(draw(*self._key, index), *self.factors(index), self._image_size)
+        scene = draw(*self._key, index, clutter=self._clutter)
+        return render(scene, *self.factors(index), self._image_size, self._clutter)
 
 
 class Shapes:
@@ -272,6 +306,8 @@ class Shapes:
         num_val: Images in ``val`` and in ``conflict``.
         image_size: Side of the rendered images, in px.
         label: Which factor is the label, ``shape`` or ``texture``.
+        clutter: From 0 (a bright, upright, whole object on a plain dark ground) to 1 (turned, tilted, partly hidden, on
+            textures and blobs of any colour).
         seed: The data set's own seed: runs of different seeds see the same images unless it is changed.
 
     Attributes:
@@ -282,7 +318,13 @@ class Shapes:
     """
 
     def __init__(
-        self, num_train: int = 20_000, num_val: int = 4_000, image_size: int = 64, label: str = "shape", seed: int = 0
+        self,
+        num_train: int = 20_000,
+        num_val: int = 4_000,
+        image_size: int = 64,
+        label: str = "shape",
+        clutter: float = 1.0,
+        seed: int = 0,
     ) -> None:
         lowest = {"data.num_train": (num_train, 1), "data.num_val": (num_val, 1)}
         lowest |= {"data.image_size": (image_size, 16), "data.dataset.seed": (seed, 0)}
@@ -291,8 +333,10 @@ class Shapes:
                 raise ConfigError(f"{key}={value} must be a whole number of at least {least} for data=shapes.")
         if label not in ("shape", "texture"):
             raise ConfigError(f"data.label={label} must be shape or texture.")
+        if isinstance(clutter, bool) or not isinstance(clutter, (int, float)) or not 0 <= clutter <= 1:
+            raise ConfigError(f"data.clutter={clutter} must be a number between 0 and 1.")
         self.classes = SHAPES if label == "shape" else TEXTURES
-        self._image_size, self._label, self._seed = image_size, label, seed
+        self._image_size, self._label, self._clutter, self._seed = image_size, label, clutter, seed
         together = [d for d in range(NUM_KINDS) if d not in HELD_OUT]
         self._splits = {"train": (num_train, together), "val": (num_val, together), "conflict": (num_val, [*HELD_OUT])}
 
@@ -305,4 +349,4 @@ class Shapes:
         if name not in self._splits:
             raise ValueError(f"data=shapes has no split {name!r}, only {', '.join(self._splits)}.")
         num, differences = self._splits[name]
-        return ShapesSplit(self._seed, name, num, differences, self._image_size, self._label)
+        return ShapesSplit(self._seed, name, num, differences, self._image_size, self._label, self._clutter)

@@ -8,11 +8,12 @@ fish, and gives a smooth edge at any pose and size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 EXTENT = 1.5
 """The tables cover [-EXTENT, EXTENT] in both directions; every silhouette fits into a disc of radius 1.35."""

@@ -8,11 +8,12 @@ tells textures apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 PERIODS = 8
 """Periods of a texture along each side of its tile (even, since some patterns repeat after two)."""

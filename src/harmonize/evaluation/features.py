@@ -62,6 +62,27 @@ def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:
     return replace(spec, layer=layer, pool=pool)
 
 
+def labelled(train: Features, val: Features) -> tuple[Features, Features]:
+    """What a protocol fits on and what it scores, without the images that have no label (-1).
+
+    Raises:
+        ValueError: ``train`` and ``val`` are not the same feature.
+        ConfigError: One of them has no labelled image.
+    """
+    if train.spec != val.spec:
+        raise ValueError(f"A probe fitted on [{train.spec}] cannot be scored on [{val.spec}].")
+    sides = []
+    for name, side in (("train", train), ("val", val)):
+        known = side.label >= 0
+        if not known.any():
+            raise ConfigError(
+                f"data.root has no readable image with a label among the {name} images of the probes; "
+                "callbacks.probe=null leaves the probes out."
+            )
+        sides.append(Features(side.x[known], side.label[known], side.index[known], side.spec))
+    return sides[0], sides[1]
+
+
 @torch.no_grad()
 def pooled_features(encoder: nn.Module, images: Tensor, spec: FeatureSpec) -> Tensor:
     """Features (B, F) fp32 of images (B, 3, h, w), in eval mode, whatever autocast or precision surrounds the call.

@@ -43,16 +43,16 @@ def weight_schedule(value: float | Mapping[str, float | str]) -> Callable[[float
     0.2
     """
     if not isinstance(value, Mapping):
-        constant = _unit(value, "loss.lambda")
+        constant = _unit(value, "lambda")
         return lambda fraction: constant
     unknown = set(value) - {"schedule", "start", "end", "at"}
     kind = value.get("schedule")
     if unknown or kind not in ("linear", "cosine", "step") or not {"start", "end"} <= set(value):
         raise ValueError(
-            f"loss.lambda={dict(value)} is not a schedule; give schedule (linear, cosine or step), start and end, "
+            f"lambda={dict(value)} is not a schedule; give schedule (linear, cosine or step), start and end, "
             "and for step also at"
         )
-    start, end, at = (_unit(value.get(key, 0.5), f"loss.lambda.{key}") for key in ("start", "end", "at"))
+    start, end, at = (_unit(value.get(key, 0.5), f"lambda.{key}") for key in ("start", "end", "at"))
     if kind == "linear":
         return lambda fraction: start + (end - start) * fraction
     if kind == "cosine":

@@ -51,15 +51,15 @@ class Contrastive(nn.Module):
     ) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"loss.temperature={temperature} must be above 0")
+            raise ValueError(f"temperature={temperature} must be above 0")
         if not 0 <= momentum <= 1:
-            raise ValueError(f"loss.momentum={momentum} must be a number between 0 and 1")
+            raise ValueError(f"momentum={momentum} must be a number between 0 and 1")
         if momentum_schedule not in ("cosine", "constant"):
-            raise ValueError(f"loss.momentum_schedule={momentum_schedule} must be one of cosine, constant")
+            raise ValueError(f"momentum_schedule={momentum_schedule} must be one of cosine, constant")
         if pool not in ("cls", "patch_mean"):
-            raise ValueError(f"loss.pool={pool} must be one of cls, patch_mean")
+            raise ValueError(f"pool={pool} must be one of cls, patch_mean")
         if pool == "cls" and not encoder.spec.has_class_token:
-            raise ValueError("loss.pool=cls needs backbone.class_token=true; without one use loss.pool=patch_mean")
+            raise ValueError("pool=cls needs backbone.class_token=true; without a class token use pool=patch_mean")
         self.temperature = temperature
         self.momentum = momentum
         self.momentum_schedule = momentum_schedule

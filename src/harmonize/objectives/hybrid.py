@@ -47,9 +47,9 @@ class Hybrid(nn.Module):
     ) -> None:
         super().__init__()
         if mim_view not in ("own", "contrastive"):
-            raise ValueError(f"loss.mim_view={mim_view} must be one of own, contrastive")
+            raise ValueError(f"mim_view={mim_view} must be one of own, contrastive")
         if contrastive_input not in ("clean", "masked"):
-            raise ValueError(f"loss.contrastive_input={contrastive_input} must be one of clean, masked")
+            raise ValueError(f"contrastive_input={contrastive_input} must be one of clean, masked")
         self.weight = weight_schedule(lambda_)
         self.share_view = mim_view == "contrastive"
         self.mask_contrastive = contrastive_input == "masked"

@@ -29,7 +29,7 @@ class MaskedPrediction(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
-            raise ValueError(f"loss.mask_ratio={mask_ratio} must lie between 0 and 1, both excluded")
+            raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded")
         self.mask_ratio = mask_ratio
         self.error = error
         self.patch_size = encoder.spec.patch_size
@@ -97,7 +97,7 @@ class MaskedImageModeling(MaskedPrediction):
         mask_unit = mask_unit or 2 * spec.patch_size
         if mask_unit % spec.patch_size or any(side % mask_unit for side in spec.image_size):
             raise ValueError(
-                f"loss.mask_unit={mask_unit} must be a multiple of backbone.patch_size={spec.patch_size} "
+                f"mask_unit={mask_unit} must be a multiple of backbone.patch_size={spec.patch_size} "
                 f"and divide the image size {spec.image_size}"
             )
         self.patches_per_unit = mask_unit // spec.patch_size
@@ -110,7 +110,7 @@ class MaskedImageModeling(MaskedPrediction):
         elif decoder == "vit":
             self.decoder = ViTDecoder(spec, decoder_width, decoder_depth, decoder_heads)
         else:
-            raise ValueError(f"loss.decoder={decoder} must be one of linear, vit")
+            raise ValueError(f"decoder={decoder} must be one of linear, vit")
 
     def mask(self, seed: Tensor) -> Tensor:
         """Block masks (B, N) of images with these seeds (B,), True = hidden."""
@@ -154,7 +154,7 @@ class MaskedAutoencoder(MaskedPrediction):
         super().__init__(encoder, mask_ratio, masked_mse, recipe)
         self.num_visible = int(self.num_patches * (1 - mask_ratio))
         if self.num_visible == 0:
-            raise ValueError(f"loss.mask_ratio={mask_ratio} hides all {self.num_patches} patches; lower it")
+            raise ValueError(f"mask_ratio={mask_ratio} hides all {self.num_patches} patches; lower it")
         self.norm_pix_loss = norm_pix_loss
         self.decoder = ViTDecoder(encoder.spec, decoder_width, decoder_depth, decoder_heads)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width).normal_(std=0.02))

@@ -34,8 +34,9 @@ def write_json(path: Path, value: Any) -> None:
 class JsonLogger(Logger):
     """The run folder's own record.
 
-    ``metrics.jsonl`` holds one object per row, ``metrics.json`` the latest value of every metric. A resumed run drops
-    the rows beyond its checkpoint, so that the file reads as if it had never been interrupted.
+    ``metrics.jsonl`` holds one object per row. A resumed run drops the rows beyond its checkpoint, so that the file
+    reads as if it had never been interrupted. ``metrics.json`` holds the final values and is there only when the run is
+    complete. A row that cannot be written (a full disk) costs a warning, not the run.
 
     Args:
         folder: The run folder.
@@ -52,10 +53,12 @@ class JsonLogger(Logger):
         self.latest: dict[str, Any] = {}
         self.now: dict[str, Any] = {}
         self.rows = folder / "metrics.jsonl"
+        self._failed = self._torn = False
         self._rewind(resume_step)
 
     @rank_zero_only
     def _rewind(self, step: int) -> None:
+        (self.folder / "metrics.json").unlink(missing_ok=True)
         kept = [row for row in read_rows(self.rows) if 0 < step >= row["step"]]
         temporary = self.rows.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -81,17 +84,32 @@ class JsonLogger(Logger):
             self.now = {}
         self.now.update(row)
         self.latest.update(row)
-        with self.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.rows.open("a") as file:
+                file.write("\n" * self._torn + json.dumps(row) + "\n")
+            self._torn = False
+        except OSError as error:
+            self._torn = True  # part of the row may be there
+            self._warn_once(error)
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: ``config.yaml`` is written before training."""
 
     @rank_zero_only
-    def save(self) -> None:
-        """Write ``metrics.json``."""
-        write_json(self.folder / "metrics.json", self.latest)
+    def complete(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``: the run has reached its end."""
+        try:
+            write_json(self.folder / "metrics.json", dict(metrics))
+        except OSError as error:
+            self._warn_once(error)
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self._failed:
+            # stacklevel 1: as a warning of lightning's, which calls this, it would be silenced.
+            message = f"Metrics cannot be written to {self.folder} ({error.strerror}); training goes on."
+            warnings.warn(message, stacklevel=1)
+        self._failed = True
 
 
 def json_logger(trainer: pl.Trainer) -> JsonLogger | None:

@@ -124,6 +124,12 @@ class PretrainModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing of its own: callbacks look at the clean view (``Batch.image``) in ``on_validation_batch_end``."""
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the optimiser's options be those of the configuration: only its moments are state."""
+        (state,) = checkpoint["optimizer_states"]
+        for stored, own in zip(state["param_groups"], self.optimization.optimizer.param_groups, strict=True):
+            stored.update((option, value) for option, value in own.items() if option != "params")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the resolved configuration, so that a checkpoint alone says what it is."""
         checkpoint["config"] = self.config

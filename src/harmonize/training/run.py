@@ -38,6 +38,7 @@ from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, write_json
 from harmonize.training.module import PretrainModule
+from harmonize.training.optim import is_excluded, trained_parameters
 from harmonize.types import ConfigError
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -52,11 +53,15 @@ class Resume:
         path: The file.
         step: Its optimiser step.
         shapes: Name -> shape of every tensor of its ``state_dict``.
+        groups: Number of parameters in each group of its optimiser.
+        no_decay: The patterns that made these groups.
     """
 
     path: Path
     step: int
     shapes: dict[str, tuple[int, ...]]
+    groups: list[int]
+    no_decay: list[str]
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -83,6 +88,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    _precision(cfg)  # refused before anything is built
     config = to_plain(cfg)
     trainer_config = config["trainer"]
     world_size = trainer_config["devices"] * trainer_config["num_nodes"]
@@ -119,15 +125,18 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
     )
     if resume is not None:
         _same_architecture(resume, module, folder)
+        _same_groups(resume, module, folder)
         _note_changes(folder, cfg, console)
-
-    if _rank() == 0:
-        try:
-            _write_run_folder(folder, cfg)
-        except OSError as error:
-            raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}.") from error
     step = resume.step if resume is not None else 0
-    record = JsonLogger(folder, resume_step=step)
+    if step < total_steps:
+        data.check_readable(_has_probe(cfg, data))
+
+    try:
+        if _rank() == 0:
+            _write_run_folder(folder, cfg, console)
+        record = JsonLogger(folder, resume_step=step)
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}.") from error
     wandb = Wandb(folder, **_without(config["logger"], "name"), config=config) if cfg.logger.name == "wandb" else None
     if wandb is not None:
         wandb.start()
@@ -140,8 +149,7 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
                 console.print(f"Resuming at step {step} of {total_steps} from {resume.path.name}.")
             _fit(cfg, folder, module, data, resume, record, wandb, console)
         metrics = {**record.latest, "total_steps": total_steps}
-        if _rank() == 0:
-            write_json(folder / "metrics.json", metrics)
+        record.complete(metrics)
         failed = False
     finally:
         if wandb is not None:
@@ -161,20 +169,23 @@ def _fit(
     console: Console,
 ) -> None:
     """Run lightning's loop over what is left of the run."""
-    probe_config: dict[str, Any] = to_plain(cfg.callbacks).get("probe") or {}
-    has_probe = bool(probe_config) and data.classes is not None
+    has_probe = _has_probe(cfg, data)
     callbacks: list[pl.Callback] = [Speed()]
     if cfg.callbacks.get("gradient_norms"):
         callbacks.append(GradientNorms(**cfg.callbacks.gradient_norms))
     callbacks.append(StepMetrics())
     val_loader = None
     if has_probe:
-        num_train, num_val = probe_config.pop("num_train"), probe_config.pop("num_val")
-        if cfg.trainer.limit_val_batches is not None:  # a short validation fits its probes on as many images
-            num_train = min(num_train, cfg.trainer.limit_val_batches * cfg.data.batch_size)
-        val_loader = data.feature_loader("val", num_val)
-        callbacks.append(OnlineProbe(data.feature_loader("train", num_train), len(data.classes or ()), **probe_config))
-    elif probe_config:
+        probe_config = to_plain(cfg.callbacks.probe)
+        numbers = {split: probe_config.pop(f"num_{split}") for split in ("train", "val")}
+        if cfg.trainer.limit_val_batches is not None:
+            # Not lightning's limit: these lists are sorted by class, and the first batches would miss most classes.
+            limit = cfg.trainer.limit_val_batches * cfg.data.batch_size
+            numbers = {split: min(number, limit) for split, number in numbers.items()}
+        val_loader = data.feature_loader("val", numbers["val"])
+        train_loader = data.feature_loader("train", numbers["train"])
+        callbacks.append(OnlineProbe(train_loader, len(data.classes or ()), **probe_config))
+    elif cfg.callbacks.get("probe"):
         console.print("The data have no labels, or one class: k-NN and linear probe are off.")
     callbacks.append(ProgressDisplay(None if cfg.trainer.progress == "auto" else cfg.trainer.progress, console))
     callbacks.append(
@@ -192,7 +203,6 @@ def _fit(
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
         check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
         limit_train_batches=cfg.trainer.limit_train_batches,
-        limit_val_batches=cfg.trainer.limit_val_batches,
         # The sanity check before the first step takes all of it: that is the measurement of the untrained network.
         num_sanity_val_steps=-1 if resume is None else 0,
         logger=[record, *([wandb] if wandb is not None else [])],
@@ -232,11 +242,22 @@ def _length(data_steps: int, trainer: Mapping[str, Any]) -> tuple[int, int]:
     return steps, trainer["max_steps"] or trainer["max_epochs"] * steps
 
 
+def _has_probe(cfg: DictConfig, data: DataModule) -> bool:
+    """Whether frozen features are probed; that takes labels."""
+    return bool(cfg.callbacks.get("probe")) and data.classes is not None
+
+
 def _precision(cfg: DictConfig) -> Any:
-    """Lightning's name of the precision; ``auto`` is bf16 where the hardware computes in it, else 32."""
+    """Lightning's name of the precision; ``auto`` is bf16 where the hardware computes in it, else 32.
+
+    Raises:
+        ConfigError: fp16 on a CPU, where lightning would compute in bf16.
+    """
     name = str(cfg.trainer.precision)
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if name == "fp16" and not on_gpu:
+        raise ConfigError("trainer.precision=fp16 needs a GPU; use bf16, 32 or auto.")
     if name == "auto":
-        on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
         bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if bf16 else "32"
     return PRECISION[name]
@@ -266,7 +287,9 @@ def find_checkpoint(folder: Path) -> Resume | None:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             shapes = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-            resume = Resume(path, checkpoint["global_step"], shapes)
+            groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+            no_decay = checkpoint["config"]["optimizer"].get("no_decay", [])
+            resume = Resume(path, checkpoint["global_step"], shapes, groups, no_decay)
         except Exception:  # a damaged file raises one of many errors, depending on where it is damaged
             unreadable.append(name)
             continue
@@ -294,6 +317,23 @@ def _same_architecture(resume: Resume, module: nn.Module, folder: Path) -> None:
             raise _another_architecture(folder, key, there, here)
 
 
+def _same_groups(resume: Resume, module: PretrainModule, folder: Path) -> None:
+    """Refuse a checkpoint whose optimiser groups its parameters otherwise.
+
+    Raises:
+        ConfigError: Its moments would go to other parameters.
+    """
+    trained = trained_parameters(module.encoder, module.objective).items()
+    no_decay = module.config["optimizer"].get("no_decay", [])
+    then, now = ([is_excluded(*item, patterns) for item in trained] for patterns in (resume.no_decay, no_decay))
+    groups = [len(group["params"]) for group in module.optimization.optimizer.param_groups]
+    if then != now or resume.groups != groups:
+        raise ConfigError(
+            f"run.dir={folder} holds a checkpoint that trains or decays other parameters (optimizer.no_decay is "
+            f"{resume.no_decay} there and {no_decay} here); choose another run.dir, or run.fresh=true to start anew."
+        )
+
+
 def _another_architecture(folder: Path, key: str, there: Any, here: Any) -> ConfigError:
     return ConfigError(
         f"run.dir={folder} holds a checkpoint of another architecture ({key} is {there} there and {here} here); choose "
@@ -307,9 +347,7 @@ def _note_changes(folder: Path, cfg: DictConfig, console: Console) -> None:
     Raises:
         ConfigError: The backbone differs, even if its tensors have the same shapes (number of heads, positions).
     """
-    if not (folder / "config.yaml").exists():
-        return
-    changes = changed_keys(load_config(folder / "config.yaml"), cfg)
+    changes = _changes(folder, cfg) or {}
     for key, (before, now) in changes.items():
         if key.startswith("backbone."):
             raise _another_architecture(folder, key, before, now)
@@ -318,11 +356,34 @@ def _note_changes(folder: Path, cfg: DictConfig, console: Console) -> None:
         console.print(f"Note: the configuration has changed since this run began ({listed}).")
 
 
-def _write_run_folder(folder: Path, cfg: DictConfig) -> None:
-    """config.yaml, command.txt and versions.json; ``run.fresh`` moves an old folder aside first."""
-    if cfg.run.fresh and folder.exists():
-        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+def _changes(folder: Path, cfg: DictConfig) -> dict[str, tuple[Any, Any]] | None:
+    """What differs from the configuration in the run folder; None where there is none that can be read."""
+    try:
+        stored = load_config(folder / "config.yaml")
+        return changed_keys(stored, cfg) if "backbone" in stored else None
+    except Exception:  # a damaged file raises one of many errors, depending on where it is damaged
+        return None
+
+
+def _move_aside(folder: Path, console: Console) -> None:
+    """Give an old run folder another name; an empty folder may stay.
+
+    Raises:
+        ConfigError: What is there is no run folder.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not ((folder / "config.yaml").exists() or (folder / "checkpoints").is_dir()):
+        raise ConfigError(f"run.dir={folder} is no run folder, and run.fresh=true moves nothing else aside.")
+    old = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{n}")).exists())
+    folder.rename(old)
+    console.print(f"The old run folder is now {old}")
+
+
+def _write_run_folder(folder: Path, cfg: DictConfig, console: Console) -> None:
+    """config.yaml, command.txt and versions.json; ``run.fresh`` moves an old run folder aside first."""
+    if cfg.run.fresh:
+        _move_aside(folder, console)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     save_config(cfg, folder / "config.yaml")
     with (folder / "command.txt").open("a") as file:
@@ -368,10 +429,9 @@ def _finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         done = metrics["step"] >= metrics["total_steps"]
-        same = not changed_keys(load_config(folder / "config.yaml"), cfg)
     except (OSError, ValueError, KeyError):
         return None
-    return metrics if done and same and (folder / "checkpoints" / "last.ckpt").exists() else None
+    return metrics if done and _changes(folder, cfg) == {} and (folder / "checkpoints" / "last.ckpt").exists() else None
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------------------

@@ -12,10 +12,7 @@ from torch import Tensor
 from harmonize.functional.distributed import world_size
 from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+from harmonize.types import NonFiniteLossError
 
 
 class StepMetrics(pl.Callback):
@@ -29,8 +26,7 @@ class StepMetrics(pl.Callback):
     def __init__(self) -> None:
         self.names: list[str] = []
         self._micro: list[dict[str, Tensor | float]] = []
-        self._epoch_sum: Tensor | None = None
-        self._epoch_count = 0
+        self._epoch: dict[str, tuple[Tensor, int]] = {}  # sum and number of the epoch's values: terms come and go
         self._bad: Tensor | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
@@ -56,14 +52,14 @@ class StepMetrics(pl.Callback):
 
     def _watch(self, losses: dict[str, Tensor], step: int) -> None:
         """Add to the epoch's means and remember the first non-finite loss, without waiting for the device."""
+        for name, value in losses.items():
+            total, count = self._epoch.get(name, (torch.zeros_like(value), 0))
+            self._epoch[name] = total + value, count + 1
         names, values = list(losses), torch.stack(list(losses.values()))
-        if names != self.names or self._epoch_sum is None or self._bad is None:  # first step, or a term came or went
+        if names != self.names or self._bad is None:  # first step, or a term came or went
             self.check_finite()
             self.names = names
-            self._epoch_sum, self._epoch_count = torch.zeros_like(values), 0
             self._bad = values.new_full((1 + len(values),), -1.0)
-        self._epoch_sum += values
-        self._epoch_count += 1
         found = torch.cat([values.new_full((1,), step), values])
         is_first = (self._bad[0] < 0) & ~values.isfinite().all()
         self._bad = torch.where(is_first, found, self._bad)
@@ -88,14 +84,14 @@ class StepMetrics(pl.Callback):
             )
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean of the loss and its terms over the epoch so far, over all ranks; starts the next epoch's."""
-        if self._epoch_sum is None or not self._epoch_count:
-            return {}
-        sums = {name: total / self._epoch_count for name, total in zip(self.names, self._epoch_sum, strict=True)}
-        means = _mean_over_ranks(sums, self._epoch_sum.device)
-        self._epoch_sum.zero_()
-        self._epoch_count = 0
-        return means
+        """Mean of the loss and of each term, where it took part, over the epoch so far and all ranks.
+
+        Starts the next epoch's.
+        """
+        means: dict[str, Tensor | float] = {name: total / count for name, (total, count) in self._epoch.items()}
+        device = next((total.device for total, _ in self._epoch.values()), torch.device("cpu"))
+        self._epoch.clear()
+        return _mean_over_ranks(means, device)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check the last steps before a checkpoint is written and log the epoch's means."""

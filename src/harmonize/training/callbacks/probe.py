@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,9 +67,7 @@ class OnlineProbe(pl.Callback):
         assert self._collector is not None
         val = self._collector.compute()
         self._collector = None
-        limit = trainer.limit_val_batches
-        train_loader = islice(self.train_loader, limit) if isinstance(limit, int) else self.train_loader
-        train = extract(module.encoder, train_loader, self.feature, module.device)
+        train = extract(module.encoder, self.train_loader, self.feature, module.device)
         stage = "untrained" if trainer.sanity_checking else "val"
         metrics = {
             "knn_top1": knn_accuracy(train, val, self.num_classes, self.k, self.temperature),
