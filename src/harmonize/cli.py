@@ -94,14 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0, 2 after a mistake of the user (one sentence on stderr), 130 after Ctrl-C.
+        The exit code: 0, 1 after a loss that is not finite and 2 after a mistake of the user (one sentence on stderr
+        each), 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return run(arguments)
-    except ConfigError as error:
+    except (ConfigError, NonFiniteLossError) as error:  # of a sweep; a single run has reported its own
         report(error)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:

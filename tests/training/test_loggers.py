@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 import warnings
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path):
 # ---- W&B -------------------------------------------------------------------------------------------------------------
 
 
+def finished_records(path):
+    """All records of a run that has finished: W&B's own process writes its file a moment after ``finish`` returns."""
+    for _ in range(300):
+        records = list(wandb_records(path))
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no exit record after 30 s")
+
+
 def wandb_records(path):
     """The records of an offline W&B file: a LevelDB log (blocks of 32 KiB) of protobuf messages."""
     from wandb.proto import wandb_internal_pb2
@@ -125,7 +136,7 @@ def test_the_offline_file_holds_metrics_and_configuration(tmp_path):
     logger.finish()
     assert not logger.failed
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    records = list(wandb_records(path))
+    records = finished_records(path)
     history = [
         {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
         for record in records
