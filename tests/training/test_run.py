@@ -20,7 +20,7 @@ from harmonize.training.callbacks import probe
 from harmonize.training.loggers import read_rows
 from harmonize.training.run import find_checkpoint, train
 from harmonize.types import ConfigError
-from tests.training.test_loggers import wandb_records
+from tests.training.test_loggers import finished_records
 from tests.training.test_module import assert_bit_equal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,7 +354,7 @@ def test_smoke_and_wandb(overrides, tmp_path, monkeypatch, capsys):
     (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
     names = {
         item.key or "/".join(item.nested_key)
-        for record in wandb_records(path)
+        for record in finished_records(path)
         if record.HasField("history")
         for item in record.history.item
     }
