@@ -5,7 +5,7 @@ Letters used in shapes throughout the project: B images, H heads, N patch tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -90,16 +90,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def pin_memory(self) -> Batch:
-        """Called by the data loader when it pins memory."""
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``function`` applied to every tensor."""
         return replace(
             self,
-            views={name: tuple(v.pin_memory() for v in views) for name, views in self.views.items()},
-            label=self.label.pin_memory(),
-            index=self.index.pin_memory(),
-            seed=self.seed.pin_memory(),
-            image=None if self.image is None else self.image.pin_memory(),
+            views={name: tuple(map(function, views)) for name, views in self.views.items()},
+            label=function(self.label),
+            index=function(self.index),
+            seed=function(self.seed),
+            image=None if self.image is None else function(self.image),
         )
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader when it pins memory."""
+        return self.apply(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -158,11 +158,7 @@ def extract(encoder: nn.Module, loader: Iterable[Batch], spec: FeatureSpec, devi
     """
     collector = FeatureCollector(encoder, spec)
     for batch in loader:
-        if batch.image is None:
-            raise ValueError("Features are read from Batch.image, the clean view, which this loader does not give.")
-        collector.update(
-            replace(batch, image=batch.image.to(device), label=batch.label.to(device), index=batch.index.to(device))
-        )
+        collector.update(batch.apply(lambda tensor: tensor.to(device)))
     return collector.compute()
 
 
