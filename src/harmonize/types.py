@@ -62,11 +62,161 @@ class Encoder(Protocol):
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The encoder's final norm."""
 
+    def visit_layers(self, images: Tensor, visit: Callable[[AttentionView | TokensView], None]) -> Tensor:
+        """``forward`` of whole images that shows every layer to ``visit``, in order, while it is being computed."""
+
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         """As every ``nn.Module``."""
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """As every ``nn.Module``."""
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One block's self-attention, shown while it is being computed.
+
+    Attributes:
+        layer: Block, 1 ... depth.
+        query: (B, H, P + N, d).
+        key: (B, H, P + N, d).
+        output: (B, H, P + N, d), attention times values, per head, before the output projection.
+        bias: Added to the logits, broadcastable to (B, H, P + N, P + N), or None.
+        scale: Factor of the logits.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    output: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def weights(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Attention (b, H, P + N, P + N) of the images ``start`` ... ``stop``, after the softmax, fp32."""
+        some = slice(start, stop)
+        logits = (self.query[some].float() * self.scale) @ self.key[some].float().transpose(-2, -1)
+        if self.bias is not None:
+            logits += self.bias[some] if len(self.bias) > 1 else self.bias
+        return logits.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class TokensView:
+    """The residual stream at one place of the encoder, shown while it is being computed.
+
+    Attributes:
+        layer: Block, 1 ... depth; 0 before the first.
+        stage: ``embedding`` (layer 0), ``attention`` (after the block's self-attention) or ``mlp`` (after the block).
+        tokens: (B, P + N, D).
+        before: The block's input (B, P + N, D); None at layer 0.
+    """
+
+    layer: int
+    stage: str
+    tokens: Tensor
+    before: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number means: the words that stand beside it in every figure and file.
+
+    Attributes:
+        title: Name, as on an axis.
+        unit: For example ``px``; empty where there is none.
+        definition: One or two plain sentences.
+        source: Paper, section or official file; says "our definition" or "unverified" where that is so.
+        figure: Figure of arXiv:2305.00729 that shows it, for example ``Figure 3``; empty for what goes beyond it.
+    """
+
+    title: str
+    unit: str
+    definition: str
+    source: str
+    figure: str = ""
+
+
+@dataclass
+class Curve:
+    """A quantity over depth, with its standard error over images; NaN where it cannot be had.
+
+    Attributes:
+        quantity: What it is.
+        layer: Block numbers, 0 for the input of the first block.
+        value: One per layer.
+        error: Standard error over images, one per layer.
+        heads: Per layer the value of each head; None where there are no heads.
+        head_errors: Per layer the standard error of each head.
+        uniform: The value that uniform attention would give, one per layer; None where that means nothing.
+    """
+
+    quantity: Quantity
+    layer: list[int]
+    value: list[float]
+    error: list[float]
+    heads: list[list[float]] | None = None
+    head_errors: list[list[float]] | None = None
+    uniform: list[float] | None = None
+
+
+@dataclass
+class Surface:
+    """A quantity over depth and something else (frequency, rank, another layer).
+
+    Attributes:
+        quantity: What it is.
+        layer: One per row.
+        column: Name of the other axis.
+        columns: Its values, one per column.
+        value: Rows of values.
+        error: Rows of standard errors over images; None where there are none.
+    """
+
+    quantity: Quantity
+    layer: list[float]
+    column: str
+    columns: list[float]
+    value: list[list[float]]
+    error: list[list[float]] | None = None
+
+
+@dataclass
+class Picture:
+    """Something to look at: arrays from which :mod:`harmonize.reports` draws a picture.
+
+    Attributes:
+        quantity: What it shows.
+        kind: ``attention_maps``, ``token_colors``, ``token_moves`` or ``token_scatter``.
+        arrays: By name; which ones, each kind's drawing function says.
+    """
+
+    quantity: Quantity
+    kind: str
+    arrays: dict[str, Tensor]
+
+
+@dataclass
+class Findings:
+    """What diagnostics found in one network.
+
+    Attributes:
+        curves: By name, as in ``diagnostics/<name>/layer_<ii>``.
+        surfaces: By name.
+        pictures: By name.
+        num_images: Number of images looked at.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    surfaces: dict[str, Surface] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    num_images: int = 0
+
+    def merge(self, other: Findings) -> None:
+        """Add what another one holds."""
+        self.curves |= other.curves
+        self.surfaces |= other.surfaces
+        self.pictures |= other.pictures
 
 
 @dataclass
