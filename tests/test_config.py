@@ -27,16 +27,22 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def conf():
     with config.composer() as composer:
-        yield composer
+        return composer
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    with config.composer("analyze") as composer:
+        return composer
 
 
 def composed(conf, *overrides: str):
     return config.finish(conf.load(list(overrides)))
 
 
-def mistakes(cfg, machine: bool = False) -> list[str]:
+def mistakes(cfg, machine: bool = False, command: str = "train") -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.check_config(cfg, machine=machine)
+        config.check_config(cfg, machine=machine, command=command)
     return str(caught.value).splitlines()
 
 
@@ -88,6 +94,10 @@ def mistakes(cfg, machine: bool = False) -> list[str]:
         (["trainer.devices=0"], "trainer.devices", "0"),
         (["trainer.precision=16"], "trainer.precision", "16"),
         (["trainer.accelerator=tpu"], "trainer.accelerator", "tpu"),
+        (["trainer.sanity=2"], "trainer.sanity", "2"),
+        (["diagnostics.num_images=2"], "diagnostics.num_images", "2"),
+        (["diagnostics.every_n_epochs=0"], "diagnostics.every_n_epochs", "0"),
+        (["diagnostics.batch_size=0.5"], "diagnostics.batch_size", "0.5"),
         (["seed=-1"], "seed", "-1"),
         (["seed=abc"], "seed", "abc"),
         (["optimizer.lr=0"], "optimizer.lr", "0"),
@@ -151,9 +161,63 @@ def test_all_mistakes_at_once(conf):
     assert [sentence.split()[0] for sentence in mistakes(cfg)] == keys
 
 
-def test_every_rule_is_about_a_key_that_exists(conf):
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["checkpoint=null"], "checkpoint", "null"),
+        (["checkpoint=''"], "checkpoint", "''"),
+        (["num_images=3"], "num_images", "3"),  # also where the diagnostics take it from
+        (["batch_size=abc"], "batch_size", "abc"),
+        (["image_size=0"], "image_size", "0"),
+        (["names=[]"], "names", "[]"),
+        (["names=[0.2]"], "names", "[0.2]"),
+        (["seed=-1"], "seed", "-1"),
+        (["run.root=null"], "run.root", "null"),
+        (["data=shapes", "data.label=colour"], "data.label", "colour"),
+        (["diagnostics=null", "diagnostics.num_images=2"], "diagnostics.num_images", "2"),
+        (["+diagnostics.mine={_target_: fractions.Fraction, num_images: 2}"], "diagnostics.mine.num_images", "2"),
+        (
+            ["+diagnostics.mine={_target_: fractions.Fraction, every_n_epochs: 0}"],
+            "diagnostics.mine.every_n_epochs",
+            "0",
+        ),
+        (["+diagnostics.mine={_target_: fractions.Fractoin}"], "diagnostics.mine._target_", "Fractoin"),
+        (["+diagnostics.mine={_target_: fractions.Fraction, numertor: 1}"], "diagnostics.mine.numertor", "numerator"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
+)
+def test_a_wrong_value_of_analyze(analysis, overrides, key, value):
+    (sentence,) = mistakes(composed(analysis, "checkpoint=A", *overrides), command="analyze")
+    assert re.search(rf"(^|key ){re.escape(key)}\W", sentence)
+    assert value in sentence
+    assert sentence.endswith(".")
+
+
+def test_a_mistake_in_what_all_diagnostics_share_is_named_once():
+    part = {"_target_": "fractions.Fraction", "num_images": 2, "every_n_epochs": 1}
+    plain = {"run": {}, "num_images": 2, "diagnostics": {"num_images": 2, "a": part, "b": part, "c": None}}
+    assert [s.split()[0] for s in rules.violations(plain, command="analyze")] == ["num_images"]
+    plain["num_images"] = 4
+    assert [s.split()[0] for s in rules.violations(plain, command="analyze")] == ["diagnostics.num_images"]
+    plain["diagnostics"]["num_images"] = 8
+    found = ["diagnostics.a.num_images", "diagnostics.b.num_images"]
+    assert [s.split()[0] for s in rules.violations(plain, command="analyze")] == found
+    part["num_images"] = None  # all of them
+    assert list(rules.violations(plain, command="analyze")) == []
+
+
+def test_sections_that_may_be_null(conf, analysis):
+    config.check_config(composed(conf, "diagnostics=null"), machine=False)
+    config.check_config(composed(analysis, "checkpoint=A", "data=null"), machine=False, command="analyze")
+    found = list(rules.violations({"run": {}, "data": 1, "diagnostics": []}, command="analyze"))
+    assert found == [
+        f"{key} must be a section with keys or null, not {v}." for key, v in (("data", 1), ("diagnostics", "[]"))
+    ]
+
+
+def test_every_rule_is_about_a_key_that_exists(conf, analysis):
     """A rule for a misspelt key would never fire."""
-    spelt = set()
+    spelt = set(config._keys(composed(analysis)))
     for data in ("folder", "imagenet100", "stl10"):
         spelt |= set(config._keys(composed(conf, f"data={data}")))
     for loss in ("contrastive", "mim", "mae", "hybrid"):
@@ -230,6 +294,8 @@ import sys
 from harmonize.cli import main
 assert main(["train", "loss.lambda=2"]) == 2
 assert main(["train", "los.lambda=0.2"]) == 2
+assert main(["analyze", "num_images=2"]) == 2
+assert main(["analyze", "checkpoint=A", "data.root=x"]) == 2
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -322,6 +388,13 @@ def test_the_run_folder_is_named_after_what_runs(conf):
     assert config.run_dir(composed(conf, "loss=mim", "run.dir=here/it/is")) == Path("here/it/is")
 
 
+def test_the_folder_of_an_analysis(analysis):
+    first, second = (config.run_dir(composed(analysis, f"checkpoint={name}")) for name in "AB")
+    assert first.parent == second.parent == Path("outputs/analysis")
+    assert first != second
+    assert config.run_dir(composed(analysis, "run.dir=x")) == Path("x")
+
+
 def test_the_run_folder_is_a_function_of_what_changes_the_result(conf):
     first = config.run_dir(composed(conf, "loss.lambda=0.2", "seed=1"))
     assert config.run_dir(composed(conf, "seed=1", "loss.lambda=0.20")) == first
@@ -356,6 +429,6 @@ def test_changed_keys(conf):
 
 
 def test_conf_is_found_and_part_of_the_wheel():
-    assert (config.CONF / "train.yaml").is_file()
+    assert all((config.CONF / f"{command}.yaml").is_file() for command in rules.SECTIONS)
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["force-include"] == {"conf": "harmonize/conf"}

@@ -1,8 +1,9 @@
 """No command in the documentation goes untested: every ```bash block of every page is parsed, and each command checked.
 
-Training commands are composed and checked in this process (and, marked slow, run for ten steps); make targets, scripts,
-extras and build arguments must exist; links must lead somewhere. A ```text block that begins with `$ command` shows a
-mistake and the very words that answer it. A kind of command without a checker fails until it gets one.
+Commands of harmonize are composed and checked in this process (and, marked slow, training runs for ten steps); make
+targets, scripts, extras and build arguments must exist; links must lead somewhere. A ```text block that begins with
+`$ command` shows a mistake and the very words that answer it. A kind of command without a checker fails until it gets
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from harmonize.cli import main
+from harmonize.cli import COMMANDS, main
 from harmonize.config import check_config, compose
 from harmonize.types import ConfigError
 
@@ -67,7 +68,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def overrides_of(arguments: list[str], images: Path) -> list[list[str]]:
-    """The overrides of every job that a training command starts, with an existing folder for the reader's."""
+    """The overrides of every job that a command of harmonize starts, with an existing folder for the reader's."""
     words = iter(arguments)
     overrides = []
     for word in words:
@@ -85,11 +86,6 @@ def overrides_of(arguments: list[str], images: Path) -> list[list[str]]:
     return jobs
 
 
-def check_train(arguments: list[str], images: Path) -> None:
-    for job in overrides_of(arguments, images):
-        check_config(compose(job), machine=False)
-
-
 def check_make(arguments: list[str], images: Path) -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert set(arguments) <= set(targets)
@@ -104,8 +100,13 @@ def check_python(arguments: list[str], images: Path) -> None:
 
 
 def check_harmonize(arguments: list[str], images: Path) -> None:
-    assert arguments[0] == "train"
-    check_train(arguments[1:], images)
+    """Whether a checkpoint exists is for the machine that has it."""
+    command, *rest = arguments
+    assert command in COMMANDS
+    for job in overrides_of(rest, images):
+        if command == "analyze" and {"--help", "--cfg"} & set(rest):
+            job = ["checkpoint=any", *job]
+        check_config(compose(job, command), machine=False, command=command)
 
 
 def check_pip(arguments: list[str], images: Path) -> None:
@@ -167,6 +168,18 @@ def test_a_wrong_command_is_noticed(images):
         check_python(train[1:], images)
     with pytest.raises(AssertionError):
         check_make(make[1:], images)
+
+
+def test_commands_of_analyze_are_checked(images):
+    page = "```bash\npython analyze.py checkpoint=outputs/a,timm:b -m data=folder data.root=x\n"
+    page += "harmonize analyze --help\nharmonize analyze checkpoint=a data.root=x\npython analyze.py tsne=true\n```\n"
+    sweep, show_help, no_data, no_checkpoint = commands(page)
+    check_python(sweep[1:], images)
+    check_harmonize(show_help[1:], images)
+    with pytest.raises(ConfigError, match="add data=NAME"):
+        check_harmonize(no_data[1:], images)
+    with pytest.raises(ConfigError, match="checkpoint must be given"):
+        check_python(no_checkpoint[1:], images)
 
 
 def every_transcript() -> list[tuple[str, str]]:

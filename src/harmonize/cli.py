@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from harmonize import __version__
@@ -33,7 +35,7 @@ usage: harmonize <command> [key=value ...]
 commands
   train      pre-train a Vision Transformer
   evaluate   measure a checkpoint               (arrives with a later version)
-  analyze    look inside a checkpoint           (arrives with a later version)
+  analyze    look inside one checkpoint, or compare several
 
 examples
   harmonize train loss=hybrid loss.lambda=0.2       the hybrid on drawn shapes, which need no download
@@ -41,6 +43,7 @@ examples
   harmonize train -m loss.lambda=0,0.2,0.4          one run after the other
   harmonize train --help                            groups, keys and more examples
   harmonize train loss=mim --cfg job                print the configuration, run nothing
+  harmonize analyze checkpoint=timm:vit_small_patch16_224
 """
 
 TRAIN_HELP = """\
@@ -66,6 +69,7 @@ keys: set any value with key=value
   data.batch_size        over all devices and micro-batches
   optimizer.lr           per optimizer.lr_batch images; also optimizer.weight_decay, schedule.warmup
   trainer.max_epochs     or trainer.max_steps; also trainer.devices, trainer.precision, trainer.accumulate
+  diagnostics.NAME       one diagnostic; null leaves it out, and diagnostics=null all
 
 examples
   harmonize train loss=hybrid loss.lambda=0.2
@@ -73,7 +77,38 @@ examples
   harmonize train loss=hybrid loss@loss.mim=mae trainer.max_epochs=50 logger=csv
   harmonize train -m loss.lambda=0,0.2,0.4,0.6,0.8,1
   harmonize train experiment=demo
+"""
 
+ANALYZE_HELP = """\
+Look inside a network, layer by layer, or compare several; the untrained network is shown beside them.
+
+usage: harmonize analyze checkpoint=... [key=value ...] [-m] [--cfg job]        (or: python analyze.py ...)
+
+groups: choose a file with group=name (* is chosen)
+{groups}
+
+keys: set any value with key=value
+  checkpoint             a run folder or checkpoint file of harmonize, timm:NAME, or a list [A,B]
+  names                  what to call them, as in names=[CL,MIM]
+  num_images             how many images are looked at; also batch_size, and image_size in px (null: the network's own)
+  data.root              where the images are; like every key of data after data=NAME. Without a choice of data:
+                         those that the (first) checkpoint was trained on, else shapes
+  diagnostics.NAME       one diagnostic; null leaves it out
+  untrained              false: without the untrained network
+  tsne                   false: without the t-SNE maps
+  accelerator            auto, cpu or gpu
+  run.dir, run.root      the folder for the results, or where such folders lie
+  seed                   everything random is a function of it
+
+examples
+  harmonize analyze checkpoint=outputs/hybrid-shapes-vit_tiny-1a2b3c4d
+  harmonize analyze checkpoint=timm:vit_small_patch16_224 data=openclipart
+  harmonize analyze checkpoint=[A,B] names=[CL,MIM] num_images=256
+  harmonize analyze checkpoint=A diagnostics.cka=null
+  harmonize analyze -m checkpoint=A,B
+"""
+
+OPTIONS_HELP = """
 options
   --cfg job              print the whole configuration and run nothing (--resolve: with derived values)
   -m, --multirun         run every combination of comma-separated values
@@ -81,6 +116,45 @@ options
   -sc install=bash       tab completion (also fish, zsh)
   --hydra-help           what else Hydra can do
 """
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line, whose configuration is ``conf/<name>.yaml``.
+
+    Attributes:
+        name: As it is typed; also its key in the tables of ``rules.py``.
+        help: The text of ``--help``, with ``{groups}`` where the groups are listed.
+        work: What it does with a checked configuration; imports what it needs.
+        interrupted: What the user can count on after Ctrl-C.
+    """
+
+    name: str
+    help: str
+    work: Callable[[DictConfig], None]
+    interrupted: str
+
+
+def _train(cfg: DictConfig) -> None:
+    from harmonize.training.run import train
+
+    train(cfg)
+
+
+def _analyze(cfg: DictConfig) -> None:
+    from harmonize.analysis import analyze
+
+    analyze(cfg)
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("train", TRAIN_HELP, _train, "the same command resumes from the last checkpoint"),
+        Command("analyze", ANALYZE_HELP, _analyze, "the same command starts again"),
+    )
+}
+LATER = ("evaluate",)
 
 # Above this number not every job of a sweep is composed beforehand, but jobs in which every value occurs.
 MAX_CHECKED = 24
@@ -106,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        print("harmonize: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
+        command = COMMANDS.get(arguments[0] if arguments else "")
+        print(f"harmonize: interrupted{f'; {command.interrupted}' if command else ''}.", file=sys.stderr)
         return 130
 
 
@@ -118,60 +193,50 @@ def report(error: Exception) -> None:
 
 def run(arguments: list[str]) -> int:
     """Hand over to the command that the first argument names."""
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": train,
-        "evaluate": lambda _: _later("evaluate"),
-        "analyze": lambda _: _later("analyze"),
-    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    command, *rest = arguments
-    if command in ("-V", "--version"):
+    name, *rest = arguments
+    if name in ("-V", "--version"):
         print(f"harmonize {__version__}")
         return 0
-    if command in ("-sc", "--shell-completion"):  # what a shell types behind the user's back, whatever the command is
-        return train(arguments)
-    if command not in commands:
-        near = difflib.get_close_matches(command, commands, 1)
-        hint = (
-            f"harmonize {near[0]}" if near else f"harmonize train {command}" if "=" in command else "harmonize --help"
-        )
-        raise ConfigError(f"Unknown command {command}; did you mean: {hint}")
-    return commands[command](rest)
+    if name in ("-sc", "--shell-completion"):  # what a shell types behind the user's back, whatever the command is
+        typed = os.environ.get("COMP_LINE", "").split()[1:2]
+        return start(COMMANDS[typed[0] if typed and typed[0] in COMMANDS else "train"], arguments)
+    if name in LATER:
+        have = " and ".join(f"harmonize {command}" for command in COMMANDS)
+        raise ConfigError(f"harmonize {name} arrives with a later version; this one has: {have}.")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, [*COMMANDS, *LATER], 1)
+        hint = f"harmonize {near[0]}" if near else f"harmonize train {name}" if "=" in name else "harmonize --help"
+        raise ConfigError(f"Unknown command {name}; did you mean: {hint}")
+    return start(COMMANDS[name], rest)
 
 
-def _later(command: str) -> NoReturn:
-    raise ConfigError(f"harmonize {command} arrives with a later version; this one has: harmonize train.")
-
-
-# ---- train ---------------------------------------------------------------------------------------------------------
-
-
-def train(arguments: list[str]) -> int:
+def start(command: Command, arguments: list[str]) -> int:
     """Check every job, then let Hydra run them."""
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     from harmonize import config
 
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = partial(_refuse, command.name)  # type: ignore[method-assign]
     options = parser.parse_intermixed_args(arguments)
-    _check_options(options)
+    _check_options(options, command.name)
     if options.shell_completion:  # Hydra expects settings right after the program's name
         line = os.environ.get("COMP_LINE", "")
-        os.environ["COMP_LINE"] = re.sub(r"^(\S+)\s+train\b", r"\1", line)
+        os.environ["COMP_LINE"] = re.sub(rf"^(\S+)\s+{command.name}\b", r"\1", line)
     else:
-        jobs, hydra, multirun = _jobs(options)
+        jobs, hydra, multirun = _jobs(options, command.name)
         if options.help:
-            print(TRAIN_HELP.format(groups=_groups(hydra.runtime.choices)), end="")
+            print(command.help.format(groups=_groups(hydra.runtime.choices, command.name)) + OPTIONS_HELP, end="")
             return 0
         if not (options.hydra_help or options.cfg or options.info):
-            _check(jobs, str(hydra.launcher.get("_target_", "")), multirun)
+            _check(jobs, str(hydra.launcher.get("_target_", "")), multirun, command.name)
     # Hydra prints errors in its own, shortened way and exits with 1; with this it raises them.
     with _environment(HYDRA_FULL_ERROR="1"):
         _run_hydra(
-            args=options, args_parser=parser, task_function=job, config_path=str(config.CONF), config_name="train"
+            args=options, args_parser=parser, task_function=job, config_path=str(config.CONF), config_name=command.name
         )
     return 0
 
@@ -184,15 +249,14 @@ def job(cfg: DictConfig) -> None:
     from harmonize import config
 
     hydra = HydraConfig.get()
-    cfg = config.finish(cfg, hydra.runtime.choices)
+    command = COMMANDS[str(hydra.job.config_name)]
+    cfg = config.finish(cfg, hydra)
     is_sweep = hydra.mode == RunMode.MULTIRUN
     try:
         if is_sweep:
             print(f"harmonize: job {hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
-            config.check_config(cfg)  # a launcher may have brought it to another machine
-        from harmonize.training.run import train as run_training
-
-        run_training(cfg)
+            config.check_config(cfg, command=command.name)  # a launcher may have brought it to another machine
+        command.work(cfg)
     except (ConfigError, NonFiniteLossError) as error:
         if is_sweep:
             raise  # Hydra says which job, and lets the others run
@@ -200,14 +264,17 @@ def job(cfg: DictConfig) -> None:
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
 
 
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{message[0].upper()}{message[1:]}; settings are written key=value, see harmonize train --help.")
+def _refuse(command: str, message: str) -> NoReturn:
+    sentence = f"{message[0].upper()}{message[1:]}"
+    raise ConfigError(f"{sentence}; settings are written key=value, see harmonize {command} --help.")
 
 
-def _check_options(options: Namespace) -> None:
+def _check_options(options: Namespace, command: str) -> None:
     """Refuse what does not go together, and turn ``--config-dir`` into Hydra's search path."""
     if options.config_path or options.config_name or options.experimental_rerun:
-        raise ConfigError("harmonize train has one primary configuration; add files of your own with --config-dir DIR.")
+        raise ConfigError(
+            f"harmonize {command} has one primary configuration; add files of your own with --config-dir DIR."
+        )
     modes = options.run + options.multirun + options.shell_completion + bool(options.cfg) + bool(options.info)
     if modes > 1:
         raise ConfigError("Only one of --run, --multirun, --cfg, --info and --shell-completion can be given.")
@@ -222,23 +289,24 @@ def _check_options(options: Namespace) -> None:
         options.config_dir = None
 
 
-def _groups(choices: Mapping[str, str]) -> str:
+def _groups(choices: Mapping[str, str], command: str) -> str:
     from harmonize import config
 
-    with config.composer() as conf:
+    with config.composer(command) as conf:
         return "\n".join(
             f"  {group:<11} {', '.join(f'{n}*' if n == choices.get(group) else n for n in names)}"
             for group, names in conf.groups().items()
         )
 
 
-def _jobs(options: Namespace) -> tuple[list[DictConfig], DictConfig, bool]:
+def _jobs(options: Namespace, command: str) -> tuple[list[DictConfig], DictConfig, bool]:
     """The configurations that Hydra is going to run (of a large sweep: a part with every value in it)."""
     from hydra.types import RunMode
 
     from harmonize import config
 
-    with config.composer() as conf:
+    with config.composer(command) as conf:
+        options.overrides = conf.without_null(options.overrides)
         parsed = conf.parse(options.overrides)
         swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
         waiting = [o for o in parsed if o.is_sweep_override() or _depends(o, swept)]
@@ -293,7 +361,7 @@ def _combinations(overrides: Sequence[Override]) -> Iterator[list[str]]:
         yield from ([axis[i % len(axis)] for axis in axes] for i in range(longest))
 
 
-def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool) -> None:
+def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool, command: str) -> None:
     """Everything that can be known before the first job starts."""
     from harmonize import config
 
@@ -301,14 +369,14 @@ def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool) -> None:
     problems: dict[str, None] = {}
     for cfg in jobs:
         try:
-            config.check_config(cfg, machine=local)
+            config.check_config(cfg, machine=local, command=command)
         except ConfigError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
     if problems:
         raise ConfigError("\n".join(problems))
     if not multirun:
         return
-    if local and any(cfg.trainer.devices > 1 for cfg in jobs):
+    if local and any("trainer" in cfg and cfg.trainer.devices > 1 for cfg in jobs):
         raise ConfigError(
             "trainer.devices above 1 cannot be combined with -m on this machine, because jobs would restart the sweep: "
             "run the jobs one by one, or choose a launcher that starts one process per device."

@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from harmonize.rules import PARTS, get, is_number, show, violations
+from harmonize.rules import OPTIONAL, PARTS, get, is_number, show, violations
 from harmonize.types import ConfigError
 
 if TYPE_CHECKING:
@@ -47,32 +47,44 @@ NEUTRAL = ("run", "logger", "hydra", "data.num_workers", "trainer.progress")
 # ---- composing -----------------------------------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration that ``harmonize train <overrides>`` runs with (unchecked: see :func:`check_config`).
+def compose(overrides: Sequence[str] = (), command: str = "train") -> DictConfig:
+    """The configuration that ``harmonize <command> <overrides>`` runs with (unchecked: see :func:`check_config`).
 
     Args:
         overrides: As on the command line, for example ``["loss=hybrid", "loss.lambda=0.2"]``.
+        command: ``train`` or ``analyze``.
 
     Raises:
         ConfigError: An override names a group, a choice or a key that does not exist, or cannot be read.
     """
-    with composer() as conf:
+    with composer(command) as conf:
         return finish(conf.load(overrides))
 
 
 @contextmanager
-def composer(config_name: str = "train") -> Iterator[Composer]:
-    """Composes any number of configurations from ``conf/<config_name>.yaml``."""
-    with initialize_config_dir(str(CONF), job_name=config_name, version_base="1.3"):
-        yield Composer(GlobalHydra.instance().config_loader(), config_name)
+def composer(command: str = "train") -> Iterator[Composer]:
+    """Composes any number of configurations from ``conf/<command>.yaml``."""
+    with initialize_config_dir(str(CONF), job_name=command, version_base="1.3"):
+        yield Composer(GlobalHydra.instance().config_loader(), command)
 
 
-def finish(config: DictConfig, choices: Mapping[str, str] | None = None) -> DictConfig:
-    """Drop Hydra's own node and write down the readable part of the run folder's name, ``run.name``."""
-    chosen = config.hydra.runtime.choices if choices is None else choices
+def finish(config: DictConfig, hydra: Any = None) -> DictConfig:
+    """Replace Hydra's own node by what only it knows.
+
+    That is null for every section that may be left out and is, and for training the readable part of the run folder's
+    name, ``run.name``.
+
+    Args:
+        config: The composed configuration; changed in place.
+        hydra: Hydra's node, if it is not in the configuration.
+    """
+    hydra = config.hydra if hydra is None else hydra
+    command, chosen = hydra.job.config_name, hydra.runtime.choices
     with open_dict(config):
         config.pop("hydra", None)
-        if config.get("run") is not None:
+        for section in OPTIONAL[command]:
+            config.setdefault(section, None)
+        if command == "train" and config.get("run") is not None:
             config.run.name = "-".join(Path(str(chosen[group])).name for group in ("loss", "data", "backbone"))
     return config
 
@@ -84,9 +96,9 @@ class Composer:
     user wrote ``+key`` or an experiment's file. So overrides are held against what the chosen files spell, first.
     """
 
-    def __init__(self, conf: ConfigLoader, config_name: str) -> None:
+    def __init__(self, conf: ConfigLoader, command: str) -> None:
         self._conf = conf
-        self._config_name = config_name
+        self._command = command
         self._cache: dict[tuple[str, ...], DictConfig] = {}
         self._search: list[str] = []  # the override that names folders besides conf/
 
@@ -96,6 +108,7 @@ class Composer:
         Raises:
             ConfigError: Naming everything that is wrong with the overrides.
         """
+        overrides = self.without_null(overrides)
         parsed = self.parse(overrides)
         self._search = [_text(o) for o in parsed if o.key_or_group == "hydra.searchpath"]
         groups = [o for o in parsed if self._is_group(o)]
@@ -104,6 +117,10 @@ class Composer:
         _refuse([self._key(o, files) for o in parsed if o not in groups])
         _refuse(self._experiment(groups, files))
         return self._compose(overrides)
+
+    def without_null(self, overrides: Sequence[str]) -> list[str]:
+        """Overrides with ``group=null`` in Hydra's own words, for the groups that can be left out."""
+        return [f"~{o[:-5]}" if o in {f"{group}=null" for group in OPTIONAL[self._command]} else o for o in overrides]
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Overrides in Hydra's grammar.
@@ -118,6 +135,10 @@ class Composer:
             except HydraException:
                 hint = "; lists are written [1,2], and special characters need quotes" if "=" in text else ""
                 problems.append(f"Could not parse {text!r}: a setting is written key=value{hint}.")
+        for o in parsed:
+            group = o.key_or_group
+            if o.is_discrete_sweep() and group in OPTIONAL[self._command] and "null" in o.sweep_string_iterator():
+                problems.append(f"{_text(o)}: null cannot be one of several choices; run {group}=null on its own.")
         _refuse(problems)
         return parsed
 
@@ -125,7 +146,7 @@ class Composer:
         key = tuple(dict.fromkeys([*overrides, *self._search]))
         if key not in self._cache:
             try:
-                self._cache[key] = self._conf.load_configuration(self._config_name, list(key), RunMode.RUN)
+                self._cache[key] = self._conf.load_configuration(self._command, list(key), RunMode.RUN)
             except Exception as error:  # Hydra's exceptions have no common ancestor
                 raise ConfigError(self._plainly(error)) from error
         return copy.deepcopy(self._cache[key])
@@ -140,7 +161,7 @@ class Composer:
         possible = [choice for choice in config.hydra.runtime.choices if "@" in choice]
         hint = f"possible here: {', '.join(possible)}" if possible else "no such choice is possible here"
         _refuse(
-            f"{_text(o)} does not fit {_chosen(config, 'loss')}; {hint}."
+            f"{_text(o)} does not fit {_chosen(config, o.key_or_group)}; {hint}."
             for o in nested
             if not o.is_add() and o.get_key_element().lstrip("~") not in possible
         )
@@ -154,7 +175,7 @@ class Composer:
         """All files of a group."""
         if not self._search:
             return self._conf.get_group_options(group)
-        return self._conf.get_group_options(group, config_name=self._config_name, overrides=self._search)
+        return self._conf.get_group_options(group, config_name=self._command, overrides=self._search)
 
     def _options(self, group: str) -> list[str]:
         """Those that are meant to be chosen."""
@@ -165,6 +186,9 @@ class Composer:
         group, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             return _needs_multirun(override)
+        if group in self._conf.list_groups("") and group not in self.groups():
+            groups = ", ".join(self.groups())
+            return f"{_text(override)}: harmonize {self._command} has no group {group}; it has {groups}."
         if override.is_delete() and value is None:
             return None
         for name in value if isinstance(value, list) else [value]:
@@ -215,6 +239,9 @@ class Composer:
     def _unknown(self, key: str, files: DictConfig) -> str:
         """The sentence for a key that does not exist, with the nearest that do."""
         head, _, rest = key.partition(".")
+        if head not in files and head in self.groups():
+            options = ", ".join(self._options(head))
+            return f"{key} can only be set where {head} is chosen: add {head}=NAME, one of {options}."
         above = key.rpartition(".")[0]
         parent = _find(files, above) if above else files
         if parent is not _NOTHING and not OmegaConf.is_config(parent):
@@ -234,7 +261,7 @@ class Composer:
             near = [f"{k} ({elsewhere[k][0]})" for k in there] if sure else near
         if sure:
             return f"Unknown key {key}; did you mean {' or '.join(near)}?"
-        return f"Unknown key {key}; the nearest is {near[0]}, and harmonize train --cfg job prints all."
+        return f"Unknown key {key}; the nearest is {near[0]}, and harmonize {self._command} --cfg job prints all."
 
     def _elsewhere(self, key: str, files: DictConfig) -> dict[str, list[str]]:
         """Key of the same section -> the other choices (``loss=hybrid``, ``loss@loss.mim=mim``) that have it."""
@@ -260,8 +287,9 @@ class Composer:
         return found
 
     def groups(self) -> dict[str, list[str]]:
-        """Group -> its files."""
-        return {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g != "hydra"}
+        """Group of this command -> its files."""
+        chosen = self._compose([]).hydra.runtime.choices
+        return {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g in chosen}
 
     def _plainly(self, error: Exception) -> str:
         """One sentence for any other complaint of Hydra."""
@@ -290,7 +318,7 @@ def _choices(files: DictConfig) -> dict[str, str]:
 
 
 def _chosen(files: DictConfig, group: str) -> str:
-    return f"{group}={files.hydra.runtime.choices.get(group)}"
+    return f"{group}={show(files.hydra.runtime.choices.get(group))}"
 
 
 def _refuse(problems: Iterable[str | None]) -> None:
@@ -303,7 +331,7 @@ def _refuse(problems: Iterable[str | None]) -> None:
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
-def check_config(config: DictConfig, machine: bool = True) -> None:
+def check_config(config: DictConfig, machine: bool = True, command: str = "train") -> None:
     """Find every mistake before anything starts: values, relations, components and their arguments, devices, data.
 
     What needs no torch comes first, and alone if it finds something.
@@ -311,14 +339,15 @@ def check_config(config: DictConfig, machine: bool = True) -> None:
     Args:
         config: The composed configuration.
         machine: Whether this machine is the one that runs it (its devices and its data are looked at).
+        command: The command that it is for.
 
     Raises:
         ConfigError: One sentence per mistake, one per line.
     """
     plain = to_plain(config)
     absent = list(_missing_devices(plain)) if machine else []
-    _refuse([*absent, *violations(plain, failed=[sentence.split()[0] for sentence in absent])])
-    _refuse([*_misused(plain["data"], "data"), *(_missing_data(config) if machine else ())])
+    _refuse([*absent, *violations(plain, [sentence.split()[0] for sentence in absent], command)])
+    _refuse([*_misused(plain.get("data"), "data"), *(_missing_data(config) if machine else ())])
     _refuse(_misused(plain))  # last, because the backbone's libraries take the longest to load
 
 
@@ -366,7 +395,9 @@ def _misused(node: Any, path: str = "") -> Iterator[str]:
 
 def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
     """More devices than there are."""
-    wanted, accelerator = get(plain, "trainer.devices"), get(plain, "trainer.accelerator")
+    trains = "trainer" in plain
+    wanted, key = (get(plain, "trainer.devices"), "trainer.accelerator") if trains else (1, "accelerator")
+    accelerator = get(plain, key)
     if not is_number(wanted, whole=True) or (wanted <= 1 and accelerator != "gpu"):
         return
     num_gpus = 0
@@ -376,7 +407,7 @@ def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
         num_gpus = torch.cuda.device_count()
     num_cores = os.cpu_count() or 1
     if accelerator == "gpu" and not num_gpus:
-        yield "trainer.accelerator must be cpu or auto, not gpu: there is no GPU here."
+        yield f"{key} must be cpu or auto, not gpu: there is no GPU here."
     elif num_gpus and wanted > num_gpus:
         yield f"trainer.devices must be at most {num_gpus}, the number of GPUs here, not {wanted}."
     elif not num_gpus and wanted > num_cores:
@@ -385,6 +416,8 @@ def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
 
 def _missing_data(config: DictConfig) -> Iterator[str]:
     """A data set that is not there; its constructor looks for it and reads no image."""
+    if config.get("data") is None:
+        return
     try:
         instantiate(config.data.dataset)
     except ConfigError as error:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 Config = Mapping[str, Any]
-SECTIONS = ("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger")
+# Command -> the sections of its configuration, and those that may be null: what they would name is not chosen.
+SECTIONS = {
+    "train": ("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger"),
+    "analyze": ("run",),
+}
+OPTIONAL = {"train": ("diagnostics",), "analyze": ("data", "diagnostics")}
 
 
 def show(value: Any) -> str:
@@ -127,11 +132,23 @@ BOOL = one_of(True, False)
 TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 PATH = Rule(lambda v: isinstance(v, str) and v != "", "a path")
 SECTION = Rule(lambda v: isinstance(v, Mapping), "a section with keys")
+ACCELERATOR = one_of("auto", "cpu", "gpu")
 RECIPES = ("moco_v3", "simmim", "mae")
 LOSSES = ("loss", "loss.contrastive", "loss.mim")  # alone, or as a part of the hybrid
 
 VALUES: dict[str, Rule] = {
     "seed": whole(0),
+    "checkpoint": Rule(
+        lambda v: TEXT.passes(v) or (v != [] and list_of(TEXT).passes(v)),
+        "given: a run folder or checkpoint file of harmonize, timm:NAME, or a list [A,B]",
+    ),
+    "names": NULL | list_of(TEXT),
+    "num_images": whole(4),
+    "batch_size": whole(1),
+    "image_size": whole(1) | NULL,
+    "untrained": BOOL,
+    "tsne": BOOL,
+    "accelerator": ACCELERATOR,
     "run.dir": PATH | NULL,
     "run.root": PATH,
     "run.fresh": BOOL,
@@ -231,7 +248,7 @@ VALUES: dict[str, Rule] = {
     "schedule.gamma": number("(0, 1]"),
     "trainer.max_epochs": whole(1) | NULL,
     "trainer.max_steps": whole(1) | NULL,
-    "trainer.accelerator": one_of("auto", "cpu", "gpu"),
+    "trainer.accelerator": ACCELERATOR,
     "trainer.devices": whole(1),
     "trainer.num_nodes": whole(1),
     "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16", "auto").passes, "32, bf16, fp16 or auto"),
@@ -242,6 +259,7 @@ VALUES: dict[str, Rule] = {
     "trainer.limit_val_batches": whole(1) | NULL,
     "trainer.deterministic": BOOL,
     "trainer.progress": one_of("auto", True, False),
+    "trainer.sanity": BOOL,
     "callbacks.probe.feature": SECTION,
     "callbacks.probe.feature.layer": whole(1) | one_of(-1),
     "callbacks.probe.feature.pool": one_of("cls", "patch_mean", "cls_patch_mean"),
@@ -251,14 +269,24 @@ VALUES: dict[str, Rule] = {
     "callbacks.probe.k": whole(1),
     "callbacks.probe.temperature": POSITIVE,
     "callbacks.gradient_norms.every_n_steps": whole(1),
+    "diagnostics.num_images": whole(4),
+    "diagnostics.every_n_epochs": whole(1),
+    "diagnostics.batch_size": whole(1),
     "logger.name": one_of("wandb", "csv"),
     "logger.project": TEXT,
     "logger.entity": TEXT | NULL,
     "logger.mode": one_of("auto", "online", "offline"),
 }
 
+# Keys of every single diagnostic, whatever its name; the section's value is for those that do not have their own.
+EACH_DIAGNOSTIC = {"num_images": whole(1) | NULL, "every_n_epochs": whole(1)}
+
 # Key -> the key that conf/ takes its value from: a mistake there is named there alone.
-TAKEN_FROM = {"backbone.patch_size": "data.patch_size"}
+TAKEN_FROM = {
+    "backbone.patch_size": "data.patch_size",
+    "diagnostics.num_images": "num_images",
+    "diagnostics.batch_size": "batch_size",
+}
 
 
 # ---- relations: (the keys, a function of their values that names what is wrong) ------------------------------------
@@ -397,8 +425,8 @@ def contrast_needs_two(
     )
 
 
-def enough_for_a_batch(num_train: int | None, batch: int) -> str | None:
-    """An epoch has at least one full batch."""
+def enough_for_a_batch(num_train: int | None, batch: int, _: Config) -> str | None:
+    """An epoch of training has at least one full batch."""
     if num_train is not None and num_train < batch:
         return f"data.batch_size must be at most data.num_train ({num_train}), not {batch}"
     return None
@@ -416,6 +444,14 @@ def layer_exists(layer: int, depth: int) -> str | None:
     if layer > depth:
         return f"callbacks.probe.feature.layer must be -1 or at most backbone.depth ({depth}), not {layer}"
     return None
+
+
+def one_name_each(checkpoint: Any, names: list[str] | None) -> str | None:
+    """Every checkpoint has its name, or none has."""
+    num = len(checkpoint) if isinstance(checkpoint, list) else 1
+    if names is None or len(names) == num:
+        return None
+    return f"names must be null or a list of {num}, one for each checkpoint, not {show(names)}"
 
 
 IMAGE = ("data.image_size", "backbone.patch_size")
@@ -443,9 +479,10 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (BATCH, batch_splits),
     (("loss.temperature", *BATCH), contrast_needs_two),
     (("loss.contrastive.temperature", *BATCH, "loss.lambda"), contrast_needs_two),
-    (("data.num_train", "data.batch_size"), enough_for_a_batch),
+    (("data.num_train", "data.batch_size", "trainer"), enough_for_a_batch),
     (("trainer.max_epochs", "trainer.max_steps"), some_length),
     (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
+    (("checkpoint", "names"), one_name_each),
 ]
 
 
@@ -464,24 +501,29 @@ def get(config: Config, key: str) -> Any:
     return node
 
 
-def violations(config: Config, failed: Iterable[str] = ()) -> Iterator[str]:
+def violations(config: Config, failed: Iterable[str] = (), command: str = "train") -> Iterator[str]:
     """One sentence for every rule that a configuration breaks; each begins with the key to change.
 
     Args:
         config: The resolved configuration as plain containers.
         failed: Keys that are known to be wrong: no relation is asked of them, nor of those that are found here.
+        command: The command that the configuration is for.
 
     >>> list(violations({"seed": -1}))[-1]
     'seed must be a whole number of at least 0, not -1.'
     """
-    for section in SECTIONS:
-        if not isinstance(config.get(section), Mapping):
-            yield f"{section} must be a section with keys, not {show(config.get(section))}."
+    for section in (*SECTIONS[command], *OPTIONAL[command]):
+        rule, value = SECTION | NULL if section in OPTIONAL[command] else SECTION, config.get(section)
+        if not rule.passes(value):
+            yield f"{section} must be {rule.allowed}, not {show(value)}."
     failed = set(failed)
-    for key, rule in VALUES.items():
+    each = list(_keys_of_diagnostics(config))
+    sources = TAKEN_FROM | {f"{place}.{key}": f"diagnostics.{key}" for place, key in each}
+    rules = VALUES | {f"{place}.{key}": EACH_DIAGNOSTIC[key] for place, key in each}
+    for key, rule in rules.items():
         value = get(config, key)
         if value is not _ABSENT and not rule.passes(value):
-            source = TAKEN_FROM.get(key)
+            source = sources.get(key)
             if source not in failed or get(config, source) != value:
                 yield f"{key} must be {rule.allowed}, not {show(value)}."
             failed.add(key)
@@ -493,6 +535,14 @@ def violations(config: Config, failed: Iterable[str] = ()) -> Iterator[str]:
         if problem:
             failed.add(problem.split()[0])
             yield f"{problem}."
+
+
+def _keys_of_diagnostics(config: Config) -> Iterator[tuple[str, str]]:
+    """Place of each diagnostic of this configuration, and each key that can be set there."""
+    section = config.get("diagnostics")
+    for name, part in section.items() if isinstance(section, Mapping) else ():
+        if isinstance(part, Mapping) and "_target_" in part:
+            yield from ((f"diagnostics.{name}", key) for key in EACH_DIAGNOSTIC)
 
 
 def _divisors(number: int) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # annotations only: a command line with a typo must not wait 
     from torch import Tensor
 
 
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, per colour: images are normalised with them everywhere in this project."""
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """What other parts need to know about an encoder.

@@ -14,20 +14,38 @@ GROUPS = {
     for folder in sorted(config.CONF.iterdir())
     if folder.is_dir() and folder.name != "hydra"
 }
-CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
+# Command -> its groups, as its primary configuration names them.
+COMMANDS = {
+    command: [
+        group
+        for line in yaml.safe_load((config.CONF / f"{command}.yaml").read_text())["defaults"]
+        for group in (line if isinstance(line, dict) else ())
+        if not group.startswith("override ")
+    ]
+    for command in ("train", "analyze")
+}
+CHOICES = [(c, f"{group}={name}") for c, groups in COMMANDS.items() for group in groups for name in GROUPS[group]]
 LOSSES = GROUPS["loss"]
 # What the user has to bring.
 NEEDS = {"data=imagenet100": ["data.class_list=classes.txt"]}
 
 
 @pytest.fixture(scope="module")
-def conf():
-    with config.composer() as composer:
-        yield composer
+def composers():
+    made = {}
+    for command in COMMANDS:  # one after the other: Hydra allows no two at a time
+        with config.composer(command) as composer:
+            made[command] = composer
+    return made
 
 
-def check(conf, overrides: list[str]) -> None:
-    config.check_config(config.finish(conf.load(overrides)), machine=False)
+@pytest.fixture
+def conf(composers):
+    return composers["train"]
+
+
+def check(conf, overrides: list[str], command: str = "train") -> None:
+    config.check_config(config.finish(conf.load(overrides)), machine=False, command=command)
 
 
 def test_the_groups_that_other_work_relies_on():
@@ -37,9 +55,40 @@ def test_the_groups_that_other_work_relies_on():
     assert set(GROUPS["trainer"]) >= {"default", "smoke"}
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_file_composes_and_passes(conf, choice):
-    check(conf, [choice, *NEEDS.get(choice, [])])
+def test_every_group_belongs_to_a_command():
+    assert set(GROUPS) == {group for groups in COMMANDS.values() for group in groups}
+
+
+@pytest.mark.parametrize(("command", "choice"), CHOICES)
+def test_every_file_composes_and_passes(composers, command, choice):
+    given = ["checkpoint=any"] if command == "analyze" else []
+    check(composers[command], [*given, choice, *NEEDS.get(choice, [])], command)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["checkpoint=outputs/hybrid-shapes-vit_tiny-1a2b3c4d"],
+        ["checkpoint=timm:vit_small_patch16_224", "image_size=448", "untrained=false", "tsne=false"],
+        ["checkpoint=[A,B]", "names=[CL,MIM]", "num_images=256", "batch_size=1", "accelerator=gpu"],
+        ["checkpoint=[A]", "names=[CL]", "data=openclipart", "data.num_val=100", "run.dir=here", "seed=1"],
+        ["checkpoint=A", "data=shapes", "data.num_train=1", "diagnostics=null"],
+    ],
+    ids=" ".join,
+)
+def test_analyze_takes(composers, overrides):
+    check(composers["analyze"], overrides, "analyze")
+
+
+def test_the_diagnostics_of_analyze_go_by_its_own_keys(composers):
+    cfg = config.finish(composers["analyze"].load(["num_images=128", "batch_size=8"]))
+    assert (cfg.diagnostics.num_images, cfg.diagnostics.batch_size) == (128, 8)
+    assert cfg.data is None
+    left_out = config.finish(composers["analyze"].load(["diagnostics=null"])).diagnostics
+    assert set(left_out) == {"num_images", "batch_size", "every_n_epochs"}
+    components = {name: part for name, part in cfg.diagnostics.items() if name not in left_out}
+    assert components
+    assert all("_target_" in part for part in components.values())
 
 
 @pytest.mark.parametrize("data", GROUPS["data"])
@@ -118,11 +167,12 @@ def test_the_files_of_one_interface_have_the_same_keys(group):
     assert len(set(map(frozenset, keys.values()))) == 1, keys
 
 
-def test_hydra_writes_nothing_on_its_own(conf):
-    hydra = conf.load([]).hydra
-    assert (hydra.output_subdir, hydra.run.dir, hydra.job.chdir) == (None, ".", False)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_hydra_writes_nothing_on_its_own(composers, command):
+    hydra = composers[command].load([]).hydra
+    assert (hydra.job.name, hydra.output_subdir, hydra.run.dir, hydra.job.chdir) == (command, None, ".", False)
     assert (hydra.job_logging.root, hydra.hydra_logging.root) == (None, None)
-    assert Path(conf.load(["run.root=elsewhere"]).hydra.sweep.dir).parts[0] == "elsewhere"
+    assert Path(composers[command].load(["run.root=elsewhere"]).hydra.sweep.dir).parts[0] == "elsewhere"
 
 
 def test_smoke_is_short(conf):

@@ -114,10 +114,10 @@ def test_one_function_makes_the_feature_for_fitting_and_for_scoring(fit, monkeyp
     seen = []
     real = features.pooled_features
 
-    def watched(encoder, images, spec):
+    def watched(encoder, images, specs):
         assert not any(m.training for m in encoder.modules())
-        seen.append((len(images), spec))
-        return real(encoder, images, spec)
+        seen.append((len(images), *specs))
+        return real(encoder, images, specs)
 
     fitted = {}
     monkeypatch.setattr(features, "pooled_features", watched)

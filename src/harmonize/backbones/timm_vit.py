@@ -1,4 +1,4 @@
-"""The Vision Transformer encoder: timm's, with what the pre-training recipes add. The only file that knows timm."""
+"""The Vision Transformer encoder: timm's, with what the pre-training recipes add."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from harmonize.backbones.tap import Visit, visit_blocks
 from harmonize.functional.positions import relative_position_index, sincos_2d
 from harmonize.types import EncoderSpec
 
@@ -234,6 +235,11 @@ class ViTEncoder(VisionTransformer):
         positions = torch.cat([prefix, keep + self.num_prefix_tokens], dim=1)
         tokens = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         return self._encode(tokens, positions)
+
+    def visit_layers(self, images: Tensor, visit: Visit) -> Tensor:
+        """``forward`` that shows every layer to ``visit``, see :func:`~harmonize.backbones.tap.visit_blocks`."""
+        num_tokens = self.num_prefix_tokens + self.spec.num_patches
+        return visit_blocks(self.blocks, lambda: self(images), visit, num_tokens)  # type: ignore[arg-type]
 
     def iter_blocks(self, images: Tensor) -> Iterator[Tensor]:
         """The tokens (B, P + N, D) after each block, in order, before the final norm."""

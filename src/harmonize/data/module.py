@@ -35,7 +35,7 @@ class DataModule:
         dataset: The data set.
         recipes: By name, what turns an image into the tensors of a view.
         required_views: View name -> recipe name, as the objective declares them; no other view is built.
-        image_size: Side of the evaluation view, in px.
+        image_size: Side of the evaluation view, or (height, width), in px.
         batch_size: Images per optimiser step, over all ranks and micro-batches.
         num_workers: Worker processes per loader; 0 loads in the main process.
         seed: Seed of the run.
@@ -53,7 +53,7 @@ class DataModule:
         dataset: Dataset,
         recipes: Mapping[str, Recipe],
         required_views: Mapping[str, str],
-        image_size: int,
+        image_size: int | tuple[int, int],
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
@@ -118,21 +118,47 @@ class DataModule:
         )
         return self._loader(_TrainingImages(source, self._recipes, self.seed), sampler, persistent=True)
 
-    def feature_loader(self, split: SplitName, num_images: int | None = None) -> DataLoader:
-        """Clean views of evenly spaced images, the same list in every epoch and run, shared out over the ranks.
+    def spread(self, split: SplitName, num_images: int | None = None) -> list[int]:
+        """Positions of evenly spaced images of ``train`` or ``val``, the same list in every epoch and run.
+
+        Args:
+            split: ``train`` or ``val``.
+            num_images: How many; None, or more than there are: all.
+        """
+        total = len(self._probe_source(split).split)
+        num = total if num_images is None else min(num_images, total)
+        return [total * i // num for i in range(num)]
+
+    def feature_loader(
+        self, split: SplitName, images: int | Sequence[int] | None = None, batch_size: int | None = None
+    ) -> DataLoader:
+        """Clean views of a fixed list of images, shared out over the ranks.
 
         None is repeated to fill a batch. Unreadable images are left out, so a batch may be smaller, or even empty.
 
         Args:
             split: ``train`` or ``val``.
-            num_images: How many over all ranks; None, or more than there are: all.
+            images: How many over all ranks, evenly spaced (see :meth:`spread`), or their positions.
+            batch_size: Images at a time on each rank; None: as many as in training.
         """
+        indices = self.spread(split, images) if images is None or isinstance(images, int) else images
+        sampler = ShardedBatchSampler(indices, batch_size or self.micro_batch, self.rank, self.world_size)
+        source = _EvaluationImages(self._probe_source(split), self._clean, self.seed)
+        return self._loader(source, sampler, persistent=False)
+
+    def by_class(self, split: SplitName, num_classes: int, per_class: int, num_read: int = 256) -> list[int]:
+        """Positions of the first images of the first classes, among evenly spaced ones; fewer if there are no more."""
         source = self._probe_source(split)
-        total = len(source.split)
-        num = total if num_images is None else min(num_images, total)
-        indices = [total * i // num for i in range(num)]
-        sampler = ShardedBatchSampler(indices, self.micro_batch, self.rank, self.world_size)
-        return self._loader(_EvaluationImages(source, self._clean, self.seed), sampler, persistent=False)
+        found: dict[int, list[int]] = {}
+        for index in self.spread(split, num_read):
+            try:
+                _, label = source.read(index)
+            except OSError:
+                continue
+            if label >= 0:
+                found.setdefault(label, []).append(index)
+        full = sorted(label for label in found if len(found[label]) >= per_class)[:num_classes]
+        return sorted(index for label in full for index in found[label][:per_class])
 
     def _probe_source(self, name: SplitName) -> _Source:
         return self._source(name, "probe_split" if hasattr(self.dataset, "probe_split") else "split")

@@ -16,10 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from harmonize.types import ConfigError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from harmonize.types import IMAGE_MEAN, IMAGE_STD, ConfigError
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -33,8 +30,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.sub_(_MEAN).div_(_STD)
 
 
-_MEAN = torch.tensor(IMAGENET_MEAN)[:, None, None]
-_STD = torch.tensor(IMAGENET_STD)[:, None, None]
+_MEAN = torch.tensor(IMAGE_MEAN)[:, None, None]
+_STD = torch.tensor(IMAGE_STD)[:, None, None]
 
 
 class GaussianBlur:
@@ -164,23 +161,24 @@ class MAE(SimMIM):
 
 
 class Evaluation:
-    """The clean view: the shorter side resized (bicubic), the centre cropped to a square.
+    """The clean view: the shorter side resized (bicubic), the centre cropped.
 
     Args:
-        image_size: Side of the view, in px.
+        image_size: Side of the view, or (height, width), in px.
         eval_crop: Share of the resized shorter side that the crop keeps; 0.875 is the usual 224 of 256.
     """
 
     _MAX_ASPECT = 16  # a 1 x 30,000 px image would otherwise be resized to gigabytes before the crop
 
-    def __init__(self, image_size: int, eval_crop: float):
+    def __init__(self, image_size: int | tuple[int, int], eval_crop: float):
         if not 0 < eval_crop <= 1:
             raise ConfigError(f"data.eval_crop={eval_crop} is not possible: a number above 0 and at most 1 is needed")
-        self.resize = v2.Resize(int(image_size / eval_crop + 1e-6), v2.InterpolationMode.BICUBIC)
-        self.crop = v2.CenterCrop(image_size)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.resize = v2.Resize(int(max(height, width) / eval_crop + 1e-6), v2.InterpolationMode.BICUBIC)
+        self.crop = v2.CenterCrop((height, width))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The view (3, image_size, image_size) of the image."""
+        """The view (3, height, width) of the image."""
         longest = self._MAX_ASPECT * min(image.size)
         if max(image.size) > longest:
             image = F.center_crop(image, [min(image.height, longest), min(image.width, longest)])

@@ -7,14 +7,14 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from harmonize.functional.distributed import gather, world_size
+from harmonize.functional.distributed import gather_rows, unique_rows
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec
 
 POOLS = ("cls", "patch_mean", "cls_patch_mean")
@@ -35,6 +35,13 @@ class Features:
     label: Tensor
     index: Tensor
     spec: FeatureSpec
+
+    def spread(self, num: int) -> Features:
+        """At most ``num`` of the images, evenly spaced."""
+        if num >= len(self.x):
+            return self
+        keep = torch.arange(num, device=self.x.device) * len(self.x) // num
+        return Features(self.x[keep], self.label[keep], self.index[keep], self.spec)
 
 
 def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:
@@ -84,8 +91,8 @@ def labelled(train: Features, val: Features) -> tuple[Features, Features]:
 
 
 @torch.no_grad()
-def pooled_features(encoder: nn.Module, images: Tensor, spec: FeatureSpec) -> Tensor:
-    """Features (B, F) fp32 of images (B, 3, h, w), in eval mode, whatever autocast or precision surrounds the call.
+def pooled_features(encoder: nn.Module, images: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
+    """Features (B, F) fp32 of images (B, 3, h, w), one per spec, from one pass in eval mode without autocast.
 
     Raises:
         ConfigError: See :func:`resolve`.
@@ -94,17 +101,27 @@ def pooled_features(encoder: nn.Module, images: Tensor, spec: FeatureSpec) -> Te
     if any(module.training for module in encoder.modules()):
         raise RuntimeError("Features are read in eval mode: call encoder.eval() first.")
     shape: EncoderSpec = encoder.spec  # type: ignore[assignment]
-    spec = resolve(spec, shape)
+    specs = [resolve(spec, shape) for spec in specs]
+    features: dict[FeatureSpec, Tensor] = {}
     with torch.autocast(images.device.type, enabled=False):
-        tokens = next(islice(encoder.iter_blocks(images.float()), spec.layer - 1, None))  # type: ignore[operator]
-        if spec.norm:
-            tokens = encoder.final_norm(tokens)  # type: ignore[operator]
-        parts = []
-        if spec.pool != "patch_mean":
-            parts.append(tokens[:, 0])
-        if spec.pool != "cls":
-            parts.append(tokens[:, shape.num_prefix_tokens :].mean(1))
-        return torch.cat(parts, dim=1).float()
+        last = max(spec.layer for spec in specs)
+        for layer, tokens in enumerate(islice(encoder.iter_blocks(images.float()), last), start=1):  # type: ignore[operator]
+            for norm in {spec.norm for spec in specs if spec.layer == layer}:
+                normed = encoder.final_norm(tokens) if norm else tokens  # type: ignore[operator]
+                for spec in specs:
+                    if (spec.layer, spec.norm) == (layer, norm):
+                        features[spec] = _pool(normed, spec.pool, shape.num_prefix_tokens).float()
+    return [features[spec] for spec in specs]
+
+
+def _pool(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
+    """Tokens (B, P + N, D) -> (B, F)."""
+    parts = []
+    if pool != "patch_mean":
+        parts.append(tokens[:, 0])
+    if pool != "cls":
+        parts.append(tokens[:, num_prefix_tokens:].mean(1))
+    return torch.cat(parts, dim=1)
 
 
 class FeatureCollector:
@@ -112,62 +129,50 @@ class FeatureCollector:
 
     Args:
         encoder: In eval mode.
-        spec: The feature.
+        specs: The features; one pass makes them all.
     """
 
-    def __init__(self, encoder: nn.Module, spec: FeatureSpec) -> None:
-        self.encoder, self.spec = encoder, resolve(spec, encoder.spec)  # type: ignore[arg-type]
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, encoder: nn.Module, specs: Sequence[FeatureSpec]) -> None:
+        self.encoder, self.specs = encoder, [resolve(spec, encoder.spec) for spec in specs]  # type: ignore[arg-type]
+        self._parts: list[tuple[Tensor, ...]] = []
 
     def update(self, batch: Batch) -> None:
         """Add the clean view of one batch."""
         if batch.image is None:
             raise ValueError("Features are read from Batch.image, the clean view, which this batch lacks.")
-        self._parts.append((pooled_features(self.encoder, batch.image, self.spec), batch.label, batch.index))
+        self._parts.append((batch.label, batch.index, *pooled_features(self.encoder, batch.image, self.specs)))
 
-    def compute(self) -> Features:
-        """All features of all ranks; every rank must call it and receives the same."""
+    def compute(self) -> list[Features]:
+        """All features of all ranks, one per spec; every rank must call it and receives the same."""
         if self._parts:
             columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]
         else:  # more ranks than batches: this one has nothing to add but must take part
             device = next(self.encoder.parameters()).device
             shape: EncoderSpec = self.encoder.spec  # type: ignore[assignment]
-            width = shape.width * (2 if self.spec.pool == "cls_patch_mean" else 1)
-            columns = [torch.zeros(0, width, device=device), *(torch.zeros(0, dtype=torch.int64, device=device),) * 2]
-        x, label, index = (_gather_rows(column) for column in columns)
-        # An image that two ranks have both seen counts once: of equal indices keep the first.
-        order = index.argsort(stable=True)
-        new = torch.ones_like(order, dtype=torch.bool)
-        new[1:] = index[order][1:] != index[order][:-1]
-        keep = order[new]
-        return Features(x[keep], label[keep], index[keep], self.spec)
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            widths = [shape.width * (2 if spec.pool == "cls_patch_mean" else 1) for spec in self.specs]
+            columns = [none, none, *(torch.zeros(0, width, device=device) for width in widths)]
+        label, index, *features = (gather_rows(column) for column in columns)
+        keep = unique_rows(index)
+        return [Features(x[keep], label[keep], index[keep], s) for x, s in zip(features, self.specs, strict=True)]
 
 
-def extract(encoder: nn.Module, loader: Iterable[Batch], spec: FeatureSpec, device: torch.device | str) -> Features:
-    """Features of every image of a loader.
+def extract(
+    encoder: nn.Module, loader: Iterable[Batch], specs: Sequence[FeatureSpec], device: torch.device | str
+) -> list[Features]:
+    """Features of every image of a loader, one per spec.
 
     Args:
         encoder: In eval mode, on ``device``.
         loader: Batches with a clean view; each rank its own share (shares may differ in length).
-        spec: The feature.
+        specs: The features; one pass makes them all.
         device: Where to compute; the result stays there.
 
     Raises:
         ConfigError: See :func:`resolve`.
         RuntimeError: The encoder is in train mode.
     """
-    collector = FeatureCollector(encoder, spec)
+    collector = FeatureCollector(encoder, specs)
     for batch in loader:
         collector.update(batch.apply(lambda tensor: tensor.to(device)))
     return collector.compute()
-
-
-def _gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order; ranks may hold different numbers of them."""
-    if world_size() == 1:
-        return rows
-    lengths = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = gather(padded).split(max(lengths))
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -23,6 +22,7 @@ def linear_cka(features: Tensor) -> Tensor:
     Source: Kornblith et al. 2019 (arXiv:1905.00414); unbiased HSIC of Song et al. 2012, as in Nguyen et al. 2021
     (arXiv:2010.15327, equation 3).
 
+    >>> import torch
     >>> x = torch.randn(1, 8, 3)
     >>> linear_cka(torch.cat([x, 2 * x + 1])).round(decimals=5).tolist()
     [[1.0, 1.0], [1.0, 1.0]]

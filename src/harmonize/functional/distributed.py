@@ -30,3 +30,28 @@ def gather(x: Tensor) -> Tensor:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, through which the gradient passes (its backward sums the ranks' gradients)."""
     return x if world_size() == 1 else _differentiable_all_reduce(x)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order; ranks may hold different numbers of them. No gradient passes."""
+    if world_size() == 1:
+        return rows
+    lengths = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = gather(padded).split(max(lengths))
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def unique_rows(index: Tensor) -> Tensor:
+    """Positions of the rows of a gathered table, in the order of ``index`` (M,), the first of equal ones alone.
+
+    What two ranks have both seen counts once.
+
+    >>> unique_rows(torch.tensor([7, 3, 7])).tolist()
+    [1, 0]
+    """
+    order = index.argsort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = index[order][1:] != index[order][:-1]
+    return order[first]

@@ -122,10 +122,29 @@ def common_projection(before: Tensor, after: Tensor, num_components: int = 2) ->
 
     Source: arXiv:2305.00729, Figure 6; there is no official code.
     """
-    both = torch.cat([before, after]).double()
+    both = torch.cat([before, after]).double().nan_to_num(0.0, 0.0, 0.0)  # a picture; LAPACK would raise
     centred = both - both.mean(dim=0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     axes = axes[:num_components]
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()  # the sign of an axis means nothing
     projected = (centred @ axes.T).float()
     return projected[: len(before)], projected[len(before) :]
+
+
+def principal_colors(tokens: Tensor) -> Tensor:
+    """The three leading principal components of all tokens together, each stretched over [0, 1].
+
+    Args:
+        tokens: (B, N, D), D >= 3.
+
+    Returns:
+        (B, N, 3); the 2 % of tokens at either end of a component are clipped.
+    """
+    flat = tokens.flatten(0, 1).double().nan_to_num(0.0, 0.0, 0.0)  # a picture; LAPACK would raise
+    flat = flat - flat.mean(dim=0)
+    _, axes = torch.linalg.eigh(flat.T @ flat)
+    axes = axes[:, -3:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    projected = flat @ axes
+    low, high = torch.quantile(projected, projected.new_tensor([0.02, 0.98]), dim=0)
+    return ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(*tokens.shape[:2], 3).float()

@@ -14,7 +14,7 @@ def singular_values(x: Tensor) -> Tensor:
     Computed from the smaller of the two Gram matrices; values below about 1e-8 of the largest are rounding.
 
     Returns:
-        (..., min(M, D)). Of M centred rows the last value is 0 if M <= D.
+        (..., min(M, D)). Of M centred rows the last value is 0 if M <= D. NaN for a matrix that is not finite.
 
     >>> singular_values(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.5], [0.0, -0.5]])).round(decimals=4).tolist()
     [1.4142, 0.7071]
@@ -22,7 +22,9 @@ def singular_values(x: Tensor) -> Tensor:
     x = x.double()
     x = x - x.mean(dim=-2, keepdim=True)
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+    broken = ~gram.isfinite().all(dim=-1).all(dim=-1)[..., None]  # LAPACK would raise
+    values = torch.linalg.eigvalsh(gram.masked_fill(broken[..., None], 0.0))
+    return values.clamp_min(0).sqrt().flip(-1).masked_fill(broken, math.nan)
 
 
 def effective_rank(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +181,51 @@ class Wandb(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Mirror one row, unless W&B has failed before."""
+        self._try(lambda: super(Wandb, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_lines(
+        self,
+        key: str,
+        xs: Sequence[Sequence[float]],
+        ys: Sequence[Sequence[float]],
+        names: Sequence[str],
+        title: str,
+        step: int,
+    ) -> None:
+        """Mirror a line plot over depth with several named lines."""
+
+        def log() -> None:
+            import wandb
+
+            plot = wandb.plot.line_series([list(x) for x in xs], [list(y) for y in ys], list(names), title, "layer")
+            self.experiment.log({key: plot, "trainer/global_step": step})
+
+        self._try(log)
+
+    @rank_zero_only
+    def log_images(self, paths: Mapping[str, Path], step: int) -> None:
+        """Mirror pictures, from files."""
+
+        def log() -> None:
+            import wandb
+
+            images = {key: wandb.Image(str(path)) for key, path in paths.items()}
+            self.experiment.log({**images, "trainer/global_step": step})
+
+        self._try(log)
+
+    @rank_zero_only
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, by mail or chat as the user has set up."""
+        self._try(lambda: self.experiment.alert(title=title, text=text))
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Do something with W&B, unless it has failed before."""
         if self.failed:
             return
         try:
-            super().log_metrics(metrics, step)
+            action()
         except Exception as error:  # whatever W&B may raise, training goes on
             self._give_up(error)
 

@@ -27,10 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from harmonize.analysis import choose_diagnostics
 from harmonize.config import changed_keys, instantiate, load_config, run_dir, save_config, to_plain
 from harmonize.data.module import DataModule
 from harmonize.functional.seeding import mix_int
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from harmonize.training.callbacks.diagnostics import Diagnostics
 from harmonize.training.callbacks.gradient_norms import GradientNorms
 from harmonize.training.callbacks.metrics import StepMetrics
 from harmonize.training.callbacks.probe import OnlineProbe
@@ -171,10 +173,13 @@ def _fit(
     """Run lightning's loop over what is left of the run."""
     has_probe = _has_probe(cfg, data)
     callbacks: list[pl.Callback] = [Speed()]
-    if cfg.callbacks.get("gradient_norms"):
-        callbacks.append(GradientNorms(**cfg.callbacks.gradient_norms))
+    gradients = GradientNorms(**cfg.callbacks.gradient_norms) if cfg.callbacks.get("gradient_norms") else None
+    if gradients is not None:
+        callbacks.append(gradients)
     callbacks.append(StepMetrics())
-    val_loader = None
+    looks_inside = choose_diagnostics(cfg.diagnostics, module.encoder.spec)
+    layer_probe = looks_inside.layer_probe if looks_inside is not None and has_probe else None
+    val_loader = probe = None
     if has_probe:
         probe_config = to_plain(cfg.callbacks.probe)
         numbers = {split: probe_config.pop(f"num_{split}") for split in ("train", "val")}
@@ -184,9 +189,30 @@ def _fit(
             numbers = {split: min(number, limit) for split, number in numbers.items()}
         val_loader = data.feature_loader("val", numbers["val"])
         train_loader = data.feature_loader("train", numbers["train"])
-        callbacks.append(OnlineProbe(train_loader, len(data.classes or ()), **probe_config))
+        more = layer_probe.specs(module.encoder.spec) if layer_probe is not None else ()
+        probe = OnlineProbe(train_loader, len(data.classes or ()), **probe_config, more=more)
+        callbacks.append(probe)
     elif cfg.callbacks.get("probe"):
-        console.print("The data have no labels, or one class: k-NN and linear probe are off.")
+        console.print("The data have no labels, or one class: k-NN and linear probes are off.")
+    if looks_inside is not None:
+        indices = data.spread("val", cfg.diagnostics.num_images)
+        callbacks.append(
+            Diagnostics(
+                looks_inside.metrics,
+                data.feature_loader("val", indices, cfg.diagnostics.batch_size),
+                indices,
+                folder,
+                num_classes=len(data.classes or ()),
+                layer_probe=layer_probe,
+                probe=probe,
+                gradients=gradients,
+                health=looks_inside.health,
+                figures=cfg.diagnostics.figures,
+                console=console,
+            )
+        )
+        if val_loader is None:  # a validation epoch has to begin and to end; the diagnostics bring their own images
+            val_loader = torch.utils.data.DataLoader(torch.zeros(1))
     callbacks.append(ProgressDisplay(None if cfg.trainer.progress == "auto" else cfg.trainer.progress, console))
     callbacks.append(
         Checkpoints(folder / "checkpoints")
@@ -204,7 +230,7 @@ def _fit(
         check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
         limit_train_batches=cfg.trainer.limit_train_batches,
         # The sanity check before the first step takes all of it: that is the measurement of the untrained network.
-        num_sanity_val_steps=-1 if resume is None else 0,
+        num_sanity_val_steps=-1 if resume is None and cfg.trainer.sanity else 0,
         logger=[record, *([wandb] if wandb is not None else [])],
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         callbacks=callbacks,

@@ -1,23 +1,44 @@
-"""What each loss term asks of the shared encoder: gradient norms per term, and the angle between them."""
+"""What each loss term asks of the shared encoder: gradient norms per term, and whether they fight, block by block."""
 
 from __future__ import annotations
 
-from itertools import combinations
+import re
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmonize.functional.distributed import world_size
+from harmonize.functional.statistics import mean_and_error
+from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
+from harmonize.types import Curve, Findings, Quantity
+
+SOURCE = "our definition; the conflict that Layer-Grafted Pre-training (ICLR 2023) reports"
+COSINE = Quantity(
+    "Cosine between the gradients of L_CL and L_MIM",
+    "",
+    "Cosine between the two loss terms' gradients on the weights of a block: above 0 they help each other, below 0 "
+    "they fight; mean over the measured steps of the epoch, with its standard error over steps.",
+    SOURCE,
+)
+RATIO = Quantity(
+    "Gradient norm of L_CL over that of L_MIM",
+    "",
+    "Ratio of the norms of the two loss terms' gradients, unweighted, on the weights of a block: which term trains "
+    "it; mean over the measured steps of the epoch, with its standard error over steps.",
+    SOURCE,
+)
 
 
 class GradientNorms(pl.Callback):
     """Logs ``train/grad_norm_<term>`` of every raw (unweighted) term on the shared encoder, every so many steps.
 
-    With two terms also the cosine between their gradients (``train/grad_cosine``): whether they help or fight. Measured
-    on the first micro-batch of a step by ``torch.autograd.grad``, which leaves ``.grad`` and so the training alone.
+    With two terms also the cosine between their gradients (``train/grad_cosine``), and for every block their cosine and
+    the ratio of their norms (``diagnostics/gradient_cosine/layer_<ii>`` and ``diagnostics/gradient_ratio/layer_<ii>``;
+    layer 0 is all that comes before the first block). Measured on the first micro-batch of a step by
+    ``torch.autograd.grad``, which leaves ``.grad`` and so the training alone.
 
     Args:
         every_n_steps: Distance between measurements, in optimiser steps; the first step is measured as well.
@@ -25,6 +46,7 @@ class GradientNorms(pl.Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
+        self._rows: list[Tensor] = []  # (2, layers): cosine and ratio, of one step each
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Measure the terms of the micro-batch whose graph is about to be used."""
@@ -36,13 +58,66 @@ class GradientNorms(pl.Callback):
         # In fp16 small gradients vanish unless the loss is scaled, here as in training.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 1.0
-        parameters = [p for p in module.encoder.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in module.encoder.named_parameters() if p.requires_grad}
         gradients = {}
         for name, term in module.output.terms.items():
-            gradients[name] = _flat_gradient(term, parameters, scale)
+            gradients[name] = _flat_gradient(term, list(parameters.values()), scale)
             module.extra[f"grad_norm_{name}"] = gradients[name].norm()
-        for (_, a), (_, b) in combinations(gradients.items(), 2):
-            module.extra["grad_cosine"] = torch.nn.functional.cosine_similarity(a, b, dim=0)
+        if set(gradients) == {"contrastive", "mim"}:
+            cl, mim = gradients["contrastive"], gradients["mim"]
+            module.extra["grad_cosine"] = torch.nn.functional.cosine_similarity(cl, mim, dim=0)
+            rows = _by_layer(parameters, cl, mim).double().cpu()
+            self._rows.append(rows)
+            record(
+                trainer,
+                {
+                    f"diagnostics/gradient_{name}/layer_{layer:02d}": value
+                    for name, values in zip(("cosine", "ratio"), rows.tolist(), strict=True)
+                    for layer, value in enumerate(values)
+                },
+                step,
+            )
+
+    def findings(self) -> Findings:
+        """Curves ``gradient_cosine`` and ``gradient_ratio`` over the steps measured since the last call, if any."""
+        if not self._rows:
+            return Findings()
+        value, error = mean_and_error(torch.stack(self._rows))
+        layers = list(range(value.shape[1]))
+        self._rows.clear()
+        return Findings(
+            curves={
+                name: Curve(quantity, layers, value[i].tolist(), error[i].tolist())
+                for i, (name, quantity) in enumerate((("gradient_cosine", COSINE), ("gradient_ratio", RATIO)))
+            }
+        )
+
+
+def _by_layer(parameters: dict[str, nn.Parameter], cl: Tensor, mim: Tensor) -> Tensor:
+    """Cosine and norm ratio (2, 1 + depth) of two flat gradients, block by block; the final norm takes no part."""
+    layer_of = [_layer(name) for name in parameters]
+    depth = max((layer for layer in layer_of if layer is not None), default=0)
+    products = cl.new_zeros(3, depth + 1)  # <cl, mim>, |cl|^2, |mim|^2
+    start = 0
+    for parameter, layer in zip(parameters.values(), layer_of, strict=True):
+        stop = start + parameter.numel()
+        a, b = cl[start:stop], mim[start:stop]
+        start = stop
+        if layer is not None:
+            products[:, layer] += torch.stack([a @ b, a @ a, b @ b])
+    dot, cl_squared, mim_squared = products
+    return torch.stack([dot / (cl_squared * mim_squared).sqrt(), (cl_squared / mim_squared).sqrt()])
+
+
+def _layer(name: str) -> int | None:
+    """Block of an encoder's parameter, 0 for what comes before the first, None for what comes after the last.
+
+    >>> _layer("blocks.3.attn.qkv.weight"), _layer("patch_embed.proj.bias"), _layer("norm.weight")
+    (4, 0, None)
+    """
+    if found := re.match(r"blocks\.(\d+)\.", name):
+        return int(found[1]) + 1
+    return None if name.startswith("norm.") else 0
 
 
 def _flat_gradient(term: Tensor, parameters: list[torch.nn.Parameter], scale: float) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from harmonize.evaluation.features import FeatureCollector, extract
+from harmonize.evaluation.features import FeatureCollector, Features, extract
 from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
 from harmonize.training.loggers import record
@@ -32,6 +32,10 @@ class OnlineProbe(pl.Callback):
         k: Neighbours of the k-NN.
         temperature: Of their votes.
         l2: Penalty of the linear probe.
+        more: Further features to collect in the same pass, for other callbacks.
+
+    Attributes:
+        more_features: What was collected of ``more`` at the latest validation: (train, val), one of each per feature.
     """
 
     def __init__(
@@ -42,17 +46,20 @@ class OnlineProbe(pl.Callback):
         k: int = 20,
         temperature: float = 0.07,
         l2: float = 1e-3,
+        more: Sequence[FeatureSpec] = (),
     ) -> None:
         self.train_loader = train_loader
         self.num_classes = num_classes
         self.feature = feature if isinstance(feature, FeatureSpec) else FeatureSpec(**feature)
         self.k, self.temperature, self.l2 = k, temperature, l2
+        self.more = list(more)
+        self.more_features: tuple[list[Features], list[Features]] = ([], [])
         self._collector: FeatureCollector | None = None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin a new list of validation features."""
         assert isinstance(module, PretrainModule)
-        self._collector = FeatureCollector(module.encoder, self.feature)
+        self._collector = FeatureCollector(module.encoder, [self.feature, *self.more])
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -65,9 +72,11 @@ class OnlineProbe(pl.Callback):
         """Fit on training features, score on validation features, log."""
         assert isinstance(module, PretrainModule)
         assert self._collector is not None
-        val = self._collector.compute()
+        val, *more_val = self._collector.compute()
         self._collector = None
-        train = extract(module.encoder, self.train_loader, self.feature, module.device)
+        specs = [self.feature, *self.more]
+        train, *more_train = extract(module.encoder, self.train_loader, specs, module.device)
+        self.more_features = more_train, more_val
         stage = "untrained" if trainer.sanity_checking else "val"
         metrics = {
             "knn_top1": knn_accuracy(train, val, self.num_classes, self.k, self.temperature),

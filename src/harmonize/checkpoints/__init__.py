@@ -1,0 +1,1 @@
+"""Checkpoints: what is in a file, and the encoder that it holds."""

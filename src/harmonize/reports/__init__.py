@@ -1,0 +1,1 @@
+"""Figures, files and the HTML report of what the diagnostics found."""

@@ -1,0 +1,141 @@
+"""Findings as plain containers (JSON) and as one long table (CSV), and back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harmonize.types import Curve, Findings, Quantity, Surface
+
+COLUMNS = ["network", "diagnostic", "layer", "head", "column", "column_value", "value", "standard_error", "unit"]
+
+
+def to_plain(findings: Findings) -> dict[str, Any]:
+    """Curves and surfaces as lists, numbers and strings that JSON can hold; pictures are left out.
+
+    A value that is not finite becomes None, because JSON knows neither NaN nor infinity.
+    """
+    return {
+        "num_images": findings.num_images,
+        "curves": {
+            name: asdict(curve.quantity)
+            | {
+                "layer": list(curve.layer),
+                "value": _finite(curve.value),
+                "standard_error": _finite(curve.error),
+                "heads": _finite(curve.heads),
+                "head_standard_errors": _finite(curve.head_errors),
+                "uniform": _finite(curve.uniform),
+            }
+            for name, curve in findings.curves.items()
+        },
+        "surfaces": {
+            name: asdict(surface.quantity)
+            | {
+                "layer": list(surface.layer),
+                "column": surface.column,
+                "columns": list(surface.columns),
+                "value": _finite(surface.value),
+                "standard_error": _finite(surface.error),
+            }
+            for name, surface in findings.surfaces.items()
+        },
+    }
+
+
+def from_plain(plain: Mapping[str, Any]) -> Findings:
+    """The findings that :func:`to_plain` wrote, without pictures; None among numbers becomes NaN."""
+    findings = Findings(num_images=plain["num_images"])
+    for name, entry in plain["curves"].items():
+        findings.curves[name] = Curve(
+            quantity=_quantity(entry),
+            layer=entry["layer"],
+            value=_floats(entry["value"]),
+            error=_floats(entry["standard_error"]),
+            heads=_floats(entry["heads"]),
+            head_errors=_floats(entry["head_standard_errors"]),
+            uniform=_floats(entry["uniform"]),
+        )
+    for name, entry in plain["surfaces"].items():
+        findings.surfaces[name] = Surface(
+            quantity=_quantity(entry),
+            layer=entry["layer"],
+            column=entry["column"],
+            columns=entry["columns"],
+            value=_floats(entry["value"]),
+            error=_floats(entry["standard_error"]),
+        )
+    return findings
+
+
+def write_csv(path: Path, networks: Mapping[str, Findings]) -> None:
+    """Write every number in a row of its own.
+
+    ``head`` counts from 1 and is empty for the mean over heads; ``column`` and ``column_value`` are filled for surfaces
+    alone; a number that is not finite is an empty cell.
+
+    Args:
+        path: File to write, whole or not at all.
+        networks: Findings by network name.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for network, findings in networks.items():
+        for name, curve in findings.curves.items():
+            writer.writerows([network, name, *row, curve.quantity.unit] for row in _curve_rows(curve))
+        for name, surface in findings.surfaces.items():
+            writer.writerows([network, name, *row, surface.quantity.unit] for row in _surface_rows(surface))
+    write_whole(path, text.getvalue().encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _curve_rows(curve: Curve) -> Iterator[list[Any]]:
+    for i, layer in enumerate(curve.layer):
+        yield [layer, "", "", "", _cell(curve.value[i]), _cell(curve.error[i])]
+        for head, value in enumerate(curve.heads[i] if curve.heads else []):
+            error = curve.head_errors[i][head] if curve.head_errors else math.nan
+            yield [layer, head + 1, "", "", _cell(value), _cell(error)]
+
+
+def _surface_rows(surface: Surface) -> Iterator[list[Any]]:
+    for i, layer in enumerate(surface.layer):
+        for j, column in enumerate(surface.columns):
+            error = surface.error[i][j] if surface.error else math.nan
+            yield [layer, "", surface.column, column, _cell(surface.value[i][j]), _cell(error)]
+
+
+def _cell(number: float) -> float | str:
+    return number if math.isfinite(number) else ""
+
+
+def _quantity(entry: Mapping[str, Any]) -> Quantity:
+    return Quantity(**{key: entry[key] for key in ("title", "unit", "definition", "source", "figure")})
+
+
+def _finite(numbers: Any) -> Any:
+    """Nested lists with None for what is not finite; None stays None."""
+    if isinstance(numbers, list):
+        return [_finite(number) for number in numbers]
+    return numbers if numbers is not None and math.isfinite(numbers) else None
+
+
+def _floats(numbers: Any) -> Any:
+    """Nested lists with NaN for None; None itself, a list that was never there, stays None."""
+    return numbers if numbers is None else [_floats(n) if isinstance(n, list) else _nan(n) for n in numbers]
+
+
+def _nan(number: float | None) -> float:
+    return math.nan if number is None else number
