@@ -302,6 +302,16 @@ def test_a_group_that_is_left_out(runs):
     assert [cfg.diagnostics for cfg in trained] == [None, None, None]
 
 
+def test_a_job_can_compose(runs, monkeypatch):
+    """As analyze does for the data of a checkpoint that names none."""
+    monkeypatch.setattr(
+        "harmonize.analysis.analyze", lambda cfg: runs.append(config.compose(["data=shapes"], "analyze"))
+    )
+    assert main(["analyze", "checkpoint=A"]) == 0
+    (composed,) = runs
+    assert composed.data.label == "shape"
+
+
 def test_a_sweep_of_analyze(runs, folder, capsys):
     assert main(["analyze", "-m", "checkpoint=[A,B],C", "data=null", "run.root=sweep"]) == 0
     assert [cfg.checkpoint for cfg in runs] == [["A", "B"], "C"]

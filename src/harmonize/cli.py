@@ -69,7 +69,7 @@ keys: set any value with key=value
   data.batch_size        over all devices and micro-batches
   optimizer.lr           per optimizer.lr_batch images; also optimizer.weight_decay, schedule.warmup
   trainer.max_epochs     or trainer.max_steps; also trainer.devices, trainer.precision, trainer.accumulate
-  diagnostics.NAME       one diagnostic; null leaves it out, and diagnostics=null all
+  diagnostics.NAME       one diagnostic; null leaves it out, and diagnostics=none all
 
 examples
   harmonize train loss=hybrid loss.lambda=0.2
@@ -93,7 +93,7 @@ keys: set any value with key=value
   num_images             how many images are looked at; also batch_size, and image_size in px (null: the network's own)
   data.root              where the images are; like every key of data after data=NAME. Without a choice of data:
                          those that the (first) checkpoint was trained on, else shapes
-  diagnostics.NAME       one diagnostic; null leaves it out
+  diagnostics.NAME       one diagnostic; null leaves it out, and diagnostics=none all
   untrained              false: without the untrained network
   tsne                   false: without the t-SNE maps
   accelerator            auto, cpu or gpu

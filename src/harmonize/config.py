@@ -63,9 +63,13 @@ def compose(overrides: Sequence[str] = (), command: str = "train") -> DictConfig
 
 @contextmanager
 def composer(command: str = "train") -> Iterator[Composer]:
-    """Composes any number of configurations from ``conf/<command>.yaml``."""
-    with initialize_config_dir(str(CONF), job_name=command, version_base="1.3"):
-        yield Composer(GlobalHydra.instance().config_loader(), command)
+    """Composes any number of configurations from ``conf/<command>.yaml``, also within a job or another composer."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # Hydra itself allows one at a time
+    try:
+        with initialize_config_dir(str(CONF), job_name=command, version_base="1.3"):
+            yield Composer(GlobalHydra.instance().config_loader(), command)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def finish(config: DictConfig, hydra: Any = None) -> DictConfig:

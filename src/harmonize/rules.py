@@ -133,6 +133,7 @@ TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 PATH = Rule(lambda v: isinstance(v, str) and v != "", "a path")
 SECTION = Rule(lambda v: isinstance(v, Mapping), "a section with keys")
 ACCELERATOR = one_of("auto", "cpu", "gpu")
+POOL = one_of("cls", "patch_mean", "cls_patch_mean")
 RECIPES = ("moco_v3", "simmim", "mae")
 LOSSES = ("loss", "loss.contrastive", "loss.mim")  # alone, or as a part of the hybrid
 
@@ -262,7 +263,7 @@ VALUES: dict[str, Rule] = {
     "trainer.sanity": BOOL,
     "callbacks.probe.feature": SECTION,
     "callbacks.probe.feature.layer": whole(1) | one_of(-1),
-    "callbacks.probe.feature.pool": one_of("cls", "patch_mean", "cls_patch_mean"),
+    "callbacks.probe.feature.pool": POOL,
     "callbacks.probe.feature.norm": BOOL,
     "callbacks.probe.num_train": whole(1),
     "callbacks.probe.num_val": whole(1),
@@ -272,6 +273,12 @@ VALUES: dict[str, Rule] = {
     "diagnostics.num_images": whole(4),
     "diagnostics.every_n_epochs": whole(1),
     "diagnostics.batch_size": whole(1),
+    "diagnostics.figures": BOOL,
+    "diagnostics.layer_probe.pool": POOL,
+    "diagnostics.layer_probe.norm": BOOL,
+    "diagnostics.health.nmi": SHARE,
+    "diagnostics.health.entropy": SHARE,
+    "diagnostics.health.rank": SHARE,
     "logger.name": one_of("wandb", "csv"),
     "logger.project": TEXT,
     "logger.entity": TEXT | NULL,
@@ -472,7 +479,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     *(((f"{loss}.recipe", "views"), recipe_exists(f"{loss}.recipe")) for loss in LOSSES),
     *(
         ((f"{owner}.pool", "backbone.class_token"), token_exists(f"{owner}.pool"))
-        for owner in ("loss", "loss.contrastive", "callbacks.probe.feature")
+        for owner in ("loss", "loss.contrastive", "callbacks.probe.feature", "diagnostics.layer_probe")
     ),
     (("backbone.width", "backbone.num_heads"), heads_divide_width),
     (("backbone.width", "backbone.positions"), sincos_needs_four_parts),
