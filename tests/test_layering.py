@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "rules": {"types"},
     "backbones": {"types", "functional", "timm", "huggingface_hub"} | TENSORS,
     "objectives": {"types", "functional"} | TENSORS,
-    "diagnostics": {"types", "functional", "torchmetrics"} | TENSORS,
+    "diagnostics": {"types", "functional", "torchmetrics", "sklearn"} | TENSORS,
     "data": {"types", "functional", "torchvision", "numpy", "PIL", "rich"} | TENSORS,
     "evaluation": {"types", "functional", "data"} | TENSORS,
     "checkpoints": {"types", "backbones", "safetensors"} | TENSORS,
     "reports": {"types", "torch", "matplotlib", "plotly"},
     "training": ANYTHING,
+    "analysis": ANYTHING,
     "config": ANYTHING,
     "cli": ANYTHING,
 }
@@ -37,7 +38,7 @@ ONLY_IN = {
     "timm": ["backbones/"],
     "lightning": ["training/"],
     "hydra": ["config.py", "cli.py"],
-    "omegaconf": ["config.py", "cli.py", "training/run.py"],
+    "omegaconf": ["config.py", "cli.py", "training/run.py", "analysis.py"],
     "cli": ["__main__.py"],
 }
 

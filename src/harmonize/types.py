@@ -96,13 +96,23 @@ class AttentionView:
     bias: Tensor | None
     scale: float
 
-    def weights(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Attention (b, H, P + N, P + N) of the images ``start`` ... ``stop``, after the softmax, fp32."""
-        some = slice(start, stop)
-        logits = (self.query[some].float() * self.scale) @ self.key[some].float().transpose(-2, -1)
+    def logits(self, first_query: int = 0) -> Tensor:
+        """Logits (B, H, P + N - first_query, P + N) of the queries from ``first_query`` on, fp32."""
+        query = self.query[:, :, first_query:].float() * self.scale
+        logits = query @ self.key.float().transpose(-2, -1)
         if self.bias is not None:
-            logits += self.bias[some] if len(self.bias) > 1 else self.bias
-        return logits.softmax(dim=-1)
+            logits += self.bias[:, :, first_query:]
+        return logits
+
+    def weights(self) -> Tensor:
+        """Attention (B, H, P + N, P + N), after the softmax, fp32."""
+        return self.logits().softmax(dim=-1)
+
+    def take(self, images: slice | Tensor) -> AttentionView:
+        """The view of some of its images."""
+        query, key, output = self.query[images], self.key[images], self.output[images]
+        bias = self.bias[images] if self.bias is not None and len(self.bias) > 1 else self.bias
+        return AttentionView(self.layer, query, key, output, bias, self.scale)
 
 
 @dataclass(frozen=True)

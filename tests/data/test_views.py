@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision import transforms as v1
 
-from harmonize.data.views import IMAGENET_MEAN, IMAGENET_STD, MAE, Evaluation, GaussianBlur, MoCoV3, SimMIM
-from harmonize.types import ConfigError
+from harmonize.data.views import MAE, Evaluation, GaussianBlur, MoCoV3, SimMIM
+from harmonize.types import IMAGE_MEAN, IMAGE_STD, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def photo():
 
 def pixels(view):
     """What the view was before normalisation, uint8 (h, w, 3)."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     return (view.permute(1, 2, 0) * std + mean).mul(255).round().to(torch.uint8).numpy()
 
 
 def normalised(image):
     """Straight from the definition, in fp64."""
-    return (np.asarray(image).transpose(2, 0, 1) / 255 - np.array(IMAGENET_MEAN)[:, None, None]) / np.array(
-        IMAGENET_STD
+    return (np.asarray(image).transpose(2, 0, 1) / 255 - np.array(IMAGE_MEAN)[:, None, None]) / np.array(
+        IMAGE_STD
     )[:, None, None]
 
 
@@ -111,7 +111,7 @@ def test_mim_views_equal_a_pil_pipeline_by_hand(photo, recipe, scale, resample):
 
 def test_views_equal_the_first_torchvision_transforms_bit_for_bit(photo):
     """The classes that the official code was written with (``ToTensor``, ``Normalize`` included)."""
-    normalise = v1.Compose([v1.ToTensor(), v1.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    normalise = v1.Compose([v1.ToTensor(), v1.Normalize(IMAGE_MEAN, IMAGE_STD)])
     moco = [
         v1.Compose(
             [
@@ -238,7 +238,7 @@ def test_extreme_shapes_are_fine(size):
     for recipe in (MoCoV3(32), SimMIM(32), MAE(32)):
         assert all(view.shape == (3, 32, 32) for view in recipe(image))
     assert Evaluation(32, 0.875)(image).amin().item() == pytest.approx(
-        (1 - IMAGENET_MEAN[0]) / IMAGENET_STD[0], rel=1e-6
+        (1 - IMAGE_MEAN[0]) / IMAGE_STD[0], rel=1e-6
     )
 
 

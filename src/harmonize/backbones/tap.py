@@ -117,6 +117,8 @@ class _Tap(TorchFunctionMode):
             attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, float("-inf"))
         if attn_mask is not None and attn_mask.dim() < 4:
             attn_mask = attn_mask.expand(1, 1, *attn_mask.shape[-2:]) if attn_mask.dim() == 2 else attn_mask[None]
+        if attn_mask is not None:  # one row for all queries, say
+            attn_mask = attn_mask.expand(*attn_mask.shape[:2], self.num_tokens, self.num_tokens)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.visit(AttentionView(self.layer, query, key, output, attn_mask, scale))
 

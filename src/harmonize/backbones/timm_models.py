@@ -86,7 +86,7 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens (B, P + N, D) after the final norm of images (B, 3, h, w)."""
-        return self.model.forward_features(self._normalized(images))
+        return self.model.forward_features(self._normalized(images)).flatten(1, -2)  # some return rows and columns
 
     def visit_layers(self, images: Tensor, visit: Visit) -> Tensor:
         """``forward`` that shows every layer to ``visit``, see :func:`~harmonize.backbones.tap.visit_blocks`."""
@@ -123,6 +123,10 @@ def _spec(name: str, model: Any) -> EncoderSpec:
     grid, sides = getattr(patches, "grid_size", None), getattr(patches, "patch_size", None)
     if grid is None or sides is None or getattr(model, "dynamic_img_size", False):
         raise ConfigError(f"checkpoint=timm:{name} takes images of any size; diagnostics need a fixed grid of patches.")
+    if not hasattr(model, "num_prefix_tokens"):
+        raise ConfigError(f"checkpoint=timm:{name} keeps its tokens in rows and columns; diagnostics need a list.")
+    if hasattr(patches, "backbone"):  # patches of a feature map, whose sides are not in px
+        sides = [length // number for length, number in zip(patches.img_size, grid, strict=True)]
     if sides[0] != sides[1]:
         raise ConfigError(f"checkpoint=timm:{name} has patches of {sides[0]} x {sides[1]} px; square ones are needed.")
     return EncoderSpec(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harmonize.diagnostics.base import Diagnostic, curve
@@ -33,8 +31,8 @@ class AlignmentUniformity(Diagnostic):
     sees = (TokensView,)
     sees_second_view = True
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("first", spec.depth + 1)
         self.declare("second", spec.depth + 1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harmonize.diagnostics.base import AttentionMaps, Diagnostic, curve
@@ -33,8 +31,8 @@ class AttentionDistance(Diagnostic):
 
     sees = (AttentionMaps,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.register_buffer("distances", patch_distances(spec.grid, spec.patch_size), persistent=False)
         self.declare("distance", spec.depth)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
 from harmonize.diagnostics.base import AttentionMaps, Diagnostic, curve
-from harmonize.functional.attention import normalized_mutual_information, prefix_mass
+from harmonize.functional.attention import normalized_mutual_information
 from harmonize.types import EncoderSpec, Findings, Quantity
 
 NMI = Quantity(
@@ -40,13 +39,13 @@ class MutualInformation(Diagnostic):
 
     sees = (AttentionMaps,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("nmi", spec.depth)
 
     def update(self, view: AttentionMaps, index: Tensor) -> None:
         """Add a block's attention for some images."""
-        self.add("nmi", view.layer - 1, normalized_mutual_information(view.positive, view.entropy), index)
+        self.add("nmi", view.layer - 1, normalized_mutual_information(view.patches, view.entropy), index)
 
     def describe(self, rows: dict[str, Tensor]) -> Findings:
         """Curve ``nmi``."""
@@ -58,15 +57,15 @@ class AttentionEntropy(Diagnostic):
 
     sees = (AttentionMaps,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("entropy", spec.depth)
         self.declare("prefix", spec.depth)
 
     def update(self, view: AttentionMaps, index: Tensor) -> None:
         """Add a block's attention for some images."""
         self.add("entropy", view.layer - 1, view.entropy, index)
-        self.add("prefix", view.layer - 1, prefix_mass(view.full, view.num_prefix_tokens), index)
+        self.add("prefix", view.layer - 1, view.prefix_mass, index)
 
     def describe(self, rows: dict[str, Tensor]) -> Findings:
         """Curve ``attention_entropy``; with prefix tokens also ``prefix_attention``."""

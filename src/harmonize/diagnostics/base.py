@@ -11,38 +11,43 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from harmonize.functional.attention import EPSILON, attention_entropy, mean_log_products, patch_attention
+from harmonize.functional.attention import attention_entropy, mean_log_products
 from harmonize.functional.distributed import unique_rows
 from harmonize.functional.statistics import mean_and_error
-from harmonize.types import Curve, EncoderSpec, Findings, Quantity
+from harmonize.types import AttentionView, Curve, EncoderSpec, Findings, Quantity
 
 
 class AttentionMaps:
     """The attention of one block for a few images, and what several diagnostics need of it, computed once.
 
+    Attention among patches, renormalised, is the softmax over patches alone, so that its logarithm comes with it and no
+    epsilon is needed. In memory the heads of a query lie side by side, which is how they are compared.
+
     Args:
-        layer: Block, 1 ... depth.
-        full: (B, H, P + N, P + N), rows summing to 1, fp32.
+        view: The block's attention.
         num_prefix_tokens: P.
     """
 
-    def __init__(self, layer: int, full: Tensor, num_prefix_tokens: int) -> None:
-        self.layer, self.full, self.num_prefix_tokens = layer, full, num_prefix_tokens
-
-    @cached_property
-    def patches(self) -> Tensor:
-        """Attention among patches (B, H, N, N), renormalised."""
-        return patch_attention(self.full, self.num_prefix_tokens)
-
-    @cached_property
-    def positive(self) -> Tensor:
-        """The same with the official epsilon, for logarithms."""
-        return patch_attention(self.full, self.num_prefix_tokens, EPSILON)
+    def __init__(self, view: AttentionView, num_prefix_tokens: int) -> None:
+        self.view, self.layer, self.num_prefix_tokens = view, view.layer, num_prefix_tokens
+        logits = view.logits(num_prefix_tokens)
+        by_query = logits[..., num_prefix_tokens:].transpose(1, 2)  # (B, N, H, N)
+        largest = by_query.amax(dim=-1, keepdim=True)
+        logs = torch.sub(by_query, largest, out=torch.empty(by_query.shape, device=logits.device))
+        weights = logs.exp()
+        mass = weights.sum(dim=-1, keepdim=True)
+        self.patches = weights.div_(mass).transpose(1, 2)
+        """Attention among patches (B, H, N, N), rows summing to 1."""
+        self.log_patches = logs.sub_(mass.log()).transpose(1, 2)
+        """Its logarithm."""
+        prefix = (logits[..., :num_prefix_tokens] - largest.transpose(1, 2)).exp_().sum(dim=-1)
+        self.prefix_mass = (prefix / (prefix + mass.squeeze(-1).transpose(1, 2))).mean(dim=-1)
+        """Share (B, H) of the patches' attention that goes to prefix tokens, mean over patches."""
 
     @cached_property
     def log_products(self) -> Tensor:
         """(B, H, H), see :func:`~harmonize.functional.attention.mean_log_products`."""
-        return mean_log_products(self.positive, self.positive.log())
+        return mean_log_products(self.patches, self.log_patches)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -68,7 +73,7 @@ class Diagnostic(Metric):
     What is kept are rows: one per image, at each of several places in the network. They are put in the order of the
     images before anything is computed, so that neither batches nor ranks change a result.
 
-    Subclasses declare their rows (:meth:`declare`), add to them (:meth:`add`) and describe them (:meth:`describe`).
+    Subclasses declare their rows (:meth:`prepare`), add to them (:meth:`add`) and describe them (:meth:`describe`).
 
     Args:
         spec: The encoder's.
@@ -89,6 +94,11 @@ class Diagnostic(Metric):
         self.blocks = list(range(1, spec.depth + 1))
         self._places: dict[str, int] = {}
         self.add_state("index", [], dist_reduce_fx="cat")
+        self.prepare(spec)
+
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows; called once, at the end of the constructor, which subclasses leave as it is."""
+        raise NotImplementedError
 
     def declare(self, name: str, num_places: int) -> None:
         """Keep rows called ``name`` at places 0 ... num_places - 1."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
+import torch
 from torch import Tensor
 
 from harmonize.diagnostics.singular_values import ImageSpectrum
 from harmonize.functional.cka import linear_cka
 from harmonize.functional.statistics import jackknife
-from harmonize.types import Curve, EncoderSpec, Findings, Quantity, Surface
+from harmonize.types import Curve, Findings, Quantity, Surface
 
 BETWEEN = Quantity(
     "Similarity of layers (CKA)",
@@ -28,15 +29,17 @@ PREVIOUS = Quantity(
 class CKA(ImageSpectrum):
     """CKA between all layers, on mean patch tokens."""
 
-    min_images = 5  # the estimator needs four, its standard error leaves one out
-
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    min_images = 4
 
     def describe(self, rows: dict[str, Tensor]) -> Findings:
         """Surface ``cka`` and curve ``cka``: each layer with the previous one."""
         features = rows["mean"].transpose(0, 1)
-        value, error = jackknife(lambda i: linear_cka(features[:, i]), features.shape[1])
+        num_images = features.shape[1]
+        if num_images > self.min_images:
+            value, error = jackknife(lambda i: linear_cka(features[:, i]), num_images)
+        else:  # none can be left out
+            value = linear_cka(features)
+            error = torch.full_like(value, math.nan)
         layers = [float(i) for i in (0, *self.blocks)]
         previous = [x.diagonal(offset=1).tolist() for x in (value, error)]
         return Findings(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harmonize.diagnostics.base import Diagnostic, curve
@@ -53,8 +51,8 @@ class Fourier(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         for name in ("diagonal", "radial", "mean"):
             self.declare(name, 2 * spec.depth + 1)
 
@@ -76,9 +74,8 @@ class Fourier(Diagnostic):
             ("diagonal", diagonal_frequencies(self.spec.grid)),
             ("radial", radial_frequencies(self.spec.grid)),
         ):
-            amplitudes = rows[cut].double()
-            for suffix, dc in (("", amplitudes[..., 0]), ("_mean_free", mean_free)):
-                relative = amplitudes - dc[..., None]
+            for suffix, dc in (("", rows["diagonal"][..., 0].double()), ("_mean_free", mean_free)):
+                relative = rows[cut].double() - dc[..., None]
                 relative[..., 0] = 0.0
                 name = f"fourier{'_radial' if cut == 'radial' else ''}{suffix}"
                 title, definition, source = VARIANTS[name]

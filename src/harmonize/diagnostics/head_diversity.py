@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harmonize.diagnostics.base import AttentionMaps, Diagnostic, curve
@@ -40,8 +38,8 @@ class HeadDiversity(Diagnostic):
 
     sees = (AttentionMaps,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("divergence", spec.depth)
         self.declare("maps", spec.depth)
 
@@ -67,8 +65,8 @@ class HeadSimilarity(Diagnostic):
 
     sees = (AttentionView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("outputs", spec.depth)
 
     def update(self, view: AttentionView, index: Tensor) -> None:

@@ -129,9 +129,8 @@ class _Feed:
         num_images, num_heads, num_tokens, _ = view.query.shape
         size = max(1, CHUNK // (num_heads * num_tokens**2))
         for start in range(0, max(1, num_images), size):
-            weights = view.weights(start, start + size)
-            maps = AttentionMaps(view.layer, weights, self.spec.num_prefix_tokens)
-            self._hand_on(maps, slice(start, start + size))
+            some = slice(start, start + size)
+            self._hand_on(AttentionMaps(view.take(some), self.spec.num_prefix_tokens), some)
 
     def _hand_on(self, view: Any, some: slice) -> None:
         """Show a view of the images ``some`` of the batch, to each diagnostic those that it looks at."""
@@ -150,10 +149,9 @@ class _Feed:
 def _take(view: Any, keep: Tensor) -> Any:
     """A view of some of its images."""
     if isinstance(view, AttentionMaps):
-        return AttentionMaps(view.layer, view.full[keep], view.num_prefix_tokens)
+        return AttentionMaps(view.view.take(keep), view.num_prefix_tokens)
+    if isinstance(view, AttentionView):
+        return view.take(keep)
     if isinstance(view, Images):
         return Images(view.image[keep], view.label[keep])
-    if isinstance(view, TokensView):
-        return TokensView(view.layer, view.stage, view.tokens[keep], None if view.before is None else view.before[keep])
-    bias = view.bias[keep] if view.bias is not None and len(view.bias) > 1 else view.bias
-    return AttentionView(view.layer, view.query[keep], view.key[keep], view.output[keep], bias, view.scale)
+    return TokensView(view.layer, view.stage, view.tokens[keep], None if view.before is None else view.before[keep])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,8 +39,8 @@ class AttentionPictures(Diagnostic):
     sees = (Images, AttentionMaps)
     min_images = 1
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         rows, columns = spec.grid
         self.queries = [(rows // 2, columns // 2), (rows // 8, columns // 8)]
         self.shown = shown_layers(spec.depth)
@@ -78,8 +76,8 @@ class TokenColors(Diagnostic):
     sees = (Images, TokensView)
     min_images = 1
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.shown = shown_layers(spec.depth)
         self.declare("image", 1)
         self.declare("tokens", len(self.shown))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -65,8 +63,8 @@ class TokenSpectrum(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.num_values = min(spec.num_patches - 1, spec.width)
         self.declare("rank", spec.depth + 1)
         self.declare("log", spec.depth + 1)
@@ -100,8 +98,8 @@ class ImageSpectrum(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("mean", spec.depth + 1)
 
     def update(self, view: TokensView, index: Tensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harmonize.diagnostics.base import Diagnostic, curve
@@ -39,8 +37,8 @@ class TokenSimilarity(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("tokens", spec.depth + 1)
 
     def update(self, view: TokensView, index: Tensor) -> None:
@@ -59,8 +57,8 @@ class DepthSimilarity(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("attention", spec.depth)
         self.declare("mlp", spec.depth)
 

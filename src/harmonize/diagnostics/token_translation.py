@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,8 +32,8 @@ class TokenTranslation(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.declare("share", spec.depth)
 
     def update(self, view: TokensView, index: Tensor) -> None:
@@ -56,8 +54,8 @@ class TokenMoves(Diagnostic):
 
     sees = (TokensView,)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         self.shown = shown_layers(spec.depth)
         self.declare("before", len(self.shown))
         self.declare("after", len(self.shown))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +30,8 @@ class TokenTSNE(Diagnostic):
 
     sees = (Images, TokensView)
 
-    def __init__(self, spec: EncoderSpec, **bounds: Any) -> None:
-        super().__init__(spec, **bounds)
+    def prepare(self, spec: EncoderSpec) -> None:
+        """Declare the rows."""
         try:
             import sklearn.manifold  # noqa: F401
         except ImportError as error:

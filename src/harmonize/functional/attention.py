@@ -68,7 +68,7 @@ def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
     14.222222328186035
     """
     # Query by query: a single fp32 sum over all pairs of a large grid loses digits.
-    return torch.einsum("...qk,qk->...q", attention, distances.to(attention)).mean(dim=-1)
+    return (attention * distances.to(attention)).sum(dim=-1).mean(dim=-1)
 
 
 def mean_log_products(attention: Tensor, log_attention: Tensor) -> Tensor:
@@ -123,8 +123,9 @@ def normalized_mutual_information(attention: Tensor, entropy: Tensor) -> Tensor:
     >>> round(normalized_mutual_information(a, attention_entropy(mean_log_products(a, a.log()))).item(), 4)
     1.0
     """
-    # The difference of two numbers that are nearly equal where attention is near uniform: in fp64.
-    key = attention.mean(dim=-2, dtype=torch.float64) if attention.device.type != "mps" else attention.mean(dim=-2)
+    key = attention.mean(dim=-2)
+    if attention.device.type != "mps":  # which has no fp64
+        key = key.double()  # the difference of two numbers that are nearly equal where attention is near uniform
     key_entropy = -(key * key.clamp_min(torch.finfo(key.dtype).tiny).log()).sum(dim=-1)
     information = (key_entropy - entropy.to(key_entropy)).clamp_min(0)
     return information / (math.log(attention.shape[-1]) * key_entropy).sqrt()
@@ -179,9 +180,11 @@ def head_map_similarity(attention: Tensor) -> Tensor:
     >>> head_map_similarity(torch.eye(2).expand(3, 2, 2)).tolist()
     [1.0, 1.0, 1.0]
     """
-    num_heads, num = attention.shape[-3], attention.shape[-1]
+    num_heads = attention.shape[-3]
     if num_heads == 1:
         return torch.full_like(attention[..., 0, 0], math.nan)
-    rows = (attention / attention.norm(dim=-1, keepdim=True).clamp_min(1e-12)).flatten(-2)
-    products = rows @ rows.transpose(-2, -1) / num
-    return (products.sum(dim=-1) - products.diagonal(dim1=-2, dim2=-1)) / (num_heads - 1)
+    by_query = attention.transpose(-3, -2)
+    products = by_query @ by_query.transpose(-2, -1)  # (..., N, H, H)
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-12)
+    cosines = (products / (norms.unsqueeze(-1) * norms.unsqueeze(-2))).mean(dim=-3)
+    return (cosines.sum(dim=-1) - cosines.diagonal(dim1=-2, dim2=-1)) / (num_heads - 1)
