@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def choose_diagnostics(section: DictConfig | None, spec: EncoderSpec) -> Chosen 
         spec: The encoder's.
     """
     chosen = Chosen()
-    for name, node in (section or {}).items():
+    for name, node in ({} if section is None else section).items():
         if not isinstance(node, DictConfig) or "_target_" not in node:
             continue
         target = locate(node["_target_"])
@@ -70,7 +71,7 @@ def choose_diagnostics(section: DictConfig | None, spec: EncoderSpec) -> Chosen 
         elif isinstance(built, Health):
             chosen.health = built
         else:
-            raise ConfigError(f"diagnostics.{name}._target_={node['_target_']} is no diagnostic.")
+            raise ConfigError(f"diagnostics.{name!s}._target_={node['_target_']} is no diagnostic.")
     return chosen if chosen.metrics or chosen.layer_probe else None
 
 
@@ -167,7 +168,8 @@ def _look(
     available = len(data.spread("val"))
     if cfg.num_images > available:
         raise ConfigError(
-            f"num_images must be at most {available}, which is how many validation images there are, not {cfg.num_images}."
+            f"num_images must be at most {available}, which is how many validation images the data have, "
+            f"not {cfg.num_images}."
         )
 
     def batches(split: Any, images: int | list[int], what: str) -> Iterable[Batch]:
@@ -181,7 +183,9 @@ def _look(
         train = extract(encoder, batches("train", probe.num_images, "probes, train"), specs, device)
         val = extract(encoder, batches("val", probe.num_images, "probes, val"), specs, device)
         found.merge(probe.score(train, val, len(data.classes)))
-    if cfg.tsne and pictures and data.classes is not None:
+    if cfg.tsne and pictures and data.classes is not None and find_spec("sklearn") is None:
+        console.print("t-SNE is left out: it needs scikit-learn (pip install 'harmonize[analysis]').")
+    elif cfg.tsne and pictures and data.classes is not None:
         indices = data.by_class("val", NUM_CLASSES, IMAGES_PER_CLASS)
         if len(indices) == NUM_CLASSES * IMAGES_PER_CLASS:
             tsne = {"token_tsne": TokenTSNE(spec)}
@@ -226,15 +230,17 @@ def _load_timm(checkpoint: str, name: str, cfg: DictConfig) -> Loaded:
 def _load_own(checkpoint: str, name: str, cfg: DictConfig) -> Loaded:
     content = read_checkpoint(checkpoint)
     node = content.config["backbone"]
+    _refuse_foreign(node, "backbone", checkpoint)
     if cfg.image_size is not None and cfg.image_size != node["image_size"]:
         raise ConfigError(
             f"image_size must be null or {node['image_size']}, as {checkpoint} was trained with, not {cfg.image_size}."
         )
-    torch.manual_seed(mix_int(content.config.get("seed", 0)))  # as training began
-    encoder, untrained = (OmegaConf.create(node) for _ in range(2))
-    encoder = instantiate(encoder)
-    torch.manual_seed(mix_int(content.config.get("seed", 0)))
-    untrained = instantiate(untrained) if cfg.untrained else None
+
+    def build() -> nn.Module:
+        torch.manual_seed(mix_int(content.config.get("seed", 0)))  # as training began
+        return instantiate(node)
+
+    encoder, untrained = build(), build() if cfg.untrained else None
     try:
         encoder.load_state_dict(content.weights)
     except RuntimeError as error:
@@ -245,12 +251,36 @@ def _load_own(checkpoint: str, name: str, cfg: DictConfig) -> Loaded:
     return Loaded(name, checkpoint, encoder, untrained, architecture, details, [], content.config.get("data"))
 
 
+def _refuse_foreign(node: Any, place: str, checkpoint: str) -> None:
+    """Refuse to build what a checkpoint describes, unless that is a class of harmonize's own.
+
+    A file from elsewhere could name any function of any package to be called.
+    """
+    package = f"harmonize.{PACKAGE_OF[place]}."
+    target = str(node.get("_target_") or "") if isinstance(node, Mapping) else ""
+    try:
+        built = locate(target) if target.startswith(package) else None
+    except ImportError:
+        built = None
+    nested = json.dumps(node, default=str).count('"_target_"') > 1
+    if not isinstance(built, type) or not built.__module__.startswith(package) or nested:
+        raise ConfigError(
+            f"checkpoint={checkpoint}: its {place} is {target or node!r}, which is no class of {package[:-1]}; nothing "
+            "else is built from a file."
+        )
+
+
+PACKAGE_OF = {"backbone": "backbones", "data.dataset": "data"}
+
+
 def _data_section(cfg: DictConfig, networks: list[Loaded], loaded: Loaded) -> DictConfig:
     """The ``data`` section for a network, at its image size: chosen, or the first network's own, or shapes."""
     if cfg.data is not None:
         section, what = OmegaConf.create(to_plain(cfg)["data"]), "the chosen data"
-    elif own := next((n.data for n in networks if n.data is not None), None):
-        section, what = OmegaConf.create(own), "the data that it was trained on"
+    elif own := next((n for n in networks if n.data is not None), None):
+        assert own.data is not None
+        _refuse_foreign(own.data.get("dataset"), "data.dataset", own.checkpoint)
+        section, what = OmegaConf.create(own.data), "the data that it was trained on"
     else:
         with composer("analyze") as conf:
             section, what = conf.load(["data=shapes"]).data, "shapes"

@@ -202,7 +202,7 @@ def test_models_that_are_no_encoders(name, message):
 
 
 def test_an_image_size_that_a_model_does_not_have():
-    with torch.device("meta"), pytest.raises(ConfigError, match="timm:resnet18 cannot be built: .*img_size"):
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"timm:resnet18 cannot be built: .*img_size"):
         TimmEncoder("resnet18", pretrained=False, image_size=32)
 
 

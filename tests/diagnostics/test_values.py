@@ -10,7 +10,6 @@ import torch
 
 from harmonize.diagnostics.measure import measure, second_view
 from harmonize.functional.attention import (
-    EPSILON,
     attention_distance,
     attention_entropy,
     head_divergence,
@@ -36,13 +35,13 @@ NUM_PATCHES = 24
 def held(encoder, images):
     """What the network holds: maps (M, L, H, S, S), heads' outputs, tokens after attention and blocks (0 ... L)."""
     kept = {"maps": [], "outputs": [], "branch": []}
-    handles = []
+    num_heads, handles = encoder.spec.num_heads, []
     for block in encoder.blocks:
         block.attn.fused_attn = False
         handles += [
             block.attn.attn_drop.register_forward_hook(lambda _m, _a, x: kept["maps"].append(x[0])),
             block.attn.proj.register_forward_pre_hook(
-                lambda _m, a: kept["outputs"].append(a[0][0].unflatten(-1, (encoder.spec.num_heads, -1)).mT.movedim(-1, 0))
+                lambda _m, args: kept["outputs"].append(args[0][0].unflatten(-1, (num_heads, -1)).transpose(0, 1))
             ),
             block.drop_path1.register_forward_hook(lambda _m, _a, x: kept["branch"].append(x[0])),
         ]
@@ -79,18 +78,18 @@ def each(formula, *stacks):
 def expected_rows(rows, p):
     """Curve -> rows (M, places) or (M, places, H)."""
     maps, blocks, middles = rows["maps"], rows["blocks"][:, :, p:], rows["middles"][:, :, p:]
-    patches, positive = patch_attention(maps, p), patch_attention(maps, p, EPSILON)
+    patches = patch_attention(maps, p)
     distances = patch_distances(GRID, 4).double()
-    products = mean_log_products(positive, positive.log())
+    products = mean_log_products(patches, patches.log())  # the official epsilon moves sharp attention by 1e-5
     entropy = attention_entropy(products)
     out = {
         "attention_distance": attention_distance(patches, distances),
         "attention_distance_normalized": attention_distance(patches, distances) / distances.mean(),
-        "nmi": normalized_mutual_information(positive, entropy),
+        "nmi": normalized_mutual_information(patches, entropy),
         "attention_entropy": entropy / math.log(NUM_PATCHES),
         "head_divergence": head_divergence(products),
         "head_map_similarity": head_map_similarity(patches),
-        "head_similarity": each(lambda x: head_similarity(x[:, :, p:]), rows["outputs"].transpose(3, 4)),
+        "head_similarity": each(lambda x: head_similarity(x[:, :, p:]), rows["outputs"]),
         "depth_similarity_block": each(depth_similarity, blocks[:, :-1], blocks[:, 1:]),
         "depth_similarity_attention": each(depth_similarity, blocks[:, :-1], middles),
         "token_similarity": each(token_similarity, blocks),
@@ -210,9 +209,10 @@ def test_surfaces(both):
 def test_attention_was_far_from_uniform(both):
     """Else much of the above would hold for any network."""
     found, _, _ = both
-    for name in ("nmi", "attention_distance_normalized", "attention_entropy"):
+    for name, least in {"nmi": 0.05, "attention_distance_normalized": 0.005, "attention_entropy": 0.05}.items():
         curve = found.curves[name]
-        assert all(abs(x - u) > 0.03 for x, u in zip(curve.value, curve.uniform, strict=True)), name
+        heads, uniform = torch.tensor(curve.heads), torch.tensor(curve.uniform)
+        assert ((heads - uniform[:, None]).abs().amax(dim=1) > least).all(), name
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 3])

@@ -40,9 +40,10 @@ TINY = [
     "trainer.log_every_n_steps=1",
     "callbacks.probe.k=3",
     "callbacks.gradient_norms.every_n_steps=3",
+    "diagnostics=none",
     "logger=csv",
 ]
-SPEED = {"train/images_per_second", "train/data_wait"}
+SPEED = {"train/images_per_second", "train/data_wait", "diagnostics/seconds", "diagnostics/share_of_epoch"}
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +64,12 @@ def overrides(images, tmp_path):
     return [*TINY, "data=folder", f"data.root={images}", f"run.dir={tmp_path / 'run'}"]
 
 
+@pytest.fixture
+def measured(overrides):
+    """With diagnostics, but without their figures, which take longest."""
+    return [*(o for o in overrides if o != "diagnostics=none"), "diagnostics.figures=false"]
+
+
 def run(*overrides):
     cfg = compose(overrides)
     check_config(cfg)
@@ -72,6 +79,12 @@ def run(*overrides):
 def rows(folder):
     """metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in row.items() if k not in SPEED} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def diagnostics(folder):
+    """The files of the diagnostics by name, without what depends on the clock."""
+    paths = sorted((folder / "diagnostics").iterdir())
+    return {p.name: {k: v for k, v in json.loads(p.read_text()).items() if k != "seconds"} for p in paths}
 
 
 def load(path):
@@ -95,8 +108,8 @@ def finish(process):
     return output
 
 
-def test_what_a_run_leaves_behind(overrides, tmp_path, capsys):
-    metrics = run(*overrides)
+def test_what_a_run_leaves_behind(measured, tmp_path, capsys):
+    metrics = run(*measured)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
@@ -105,7 +118,9 @@ def test_what_a_run_leaves_behind(overrides, tmp_path, capsys):
         "metrics.jsonl",
         "metrics.json",
         "checkpoints",
+        "diagnostics",
     }
+    assert list(diagnostics(folder)) == [f"epoch_{epoch:04d}.json" for epoch in range(4)]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert metrics == json.loads((folder / "metrics.json").read_text())
     assert metrics["step"] == metrics["total_steps"] == 12
@@ -133,17 +148,18 @@ def test_a_finished_run_says_so_at_once(overrides, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
-def test_two_runs_are_bit_identical(overrides, tmp_path):
-    run(*overrides)
-    run(*overrides, f"run.dir={tmp_path / 'again'}", "data.num_workers=1")
+def test_two_runs_are_bit_identical(measured, tmp_path):
+    run(*measured)
+    run(*measured, f"run.dir={tmp_path / 'again'}", "data.num_workers=1")
     states = [load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("run", "again")]
     assert_bit_equal(*states)
     assert rows(tmp_path / "run") == rows(tmp_path / "again")
+    assert diagnostics(tmp_path / "run") == diagnostics(tmp_path / "again")
 
 
-def test_killed_anywhere_it_ends_as_if_it_had_not_been(overrides, tmp_path):
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(measured, tmp_path):
     """SIGKILL at a random step of every epoch but the first, workers on; then the same command once more."""
-    workers = [*overrides, "data.num_workers=1"]
+    workers = [*measured, "data.num_workers=1"]
     run(*workers)
     folder = tmp_path / "killed"
     killed = [*workers, f"run.dir={folder}"]
@@ -162,6 +178,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(overrides, tmp_path):
     for number, state in straight["optimizer_states"][0]["state"].items():
         assert_bit_equal(state, resumed["optimizer_states"][0]["state"][number])
     assert rows(tmp_path / "run") == rows(folder)
+    assert diagnostics(tmp_path / "run") == diagnostics(folder)
 
 
 def test_an_unreadable_checkpoint_is_replaced_by_the_best(overrides, tmp_path):
@@ -338,7 +355,7 @@ def test_images_without_labels(overrides, tmp_path, capsys):
     assert "epoch/loss" in metrics
     assert not [name for name in metrics if "top1" in name]
     shown = capsys.readouterr().out
-    assert "no labels, or one class: k-NN and linear probe are off" in shown
+    assert "no labels, or one class: k-NN and linear probes are off" in shown
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
 
 

@@ -66,7 +66,7 @@ class TimmEncoder(nn.Module):
             self.warning = (
                 f"timm:{name}: no pre-trained weights could be loaded ({_short(error)}); the weights are RANDOM."
             )
-            return self._fixed(name.partition(".")[0], options)
+            return self._create(name.partition(".")[0], False, image_size)
 
     @staticmethod
     def _fixed(name: str, options: dict[str, Any]) -> Any:
@@ -115,7 +115,8 @@ def _spec(name: str, model: Any) -> EncoderSpec:
     Raises:
         ConfigError: It has no blocks of self-attention, or no fixed grid.
     """
-    blocks, patches = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
+    blocks: Any = getattr(model, "blocks", None)
+    patches: Any = getattr(model, "patch_embed", None)
     first = next(iter(blocks), None) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
     num_heads = getattr(getattr(first, "attn", None), "num_heads", None)
     if first is None or num_heads is None:
@@ -127,6 +128,9 @@ def _spec(name: str, model: Any) -> EncoderSpec:
         raise ConfigError(f"checkpoint=timm:{name} keeps its tokens in rows and columns; diagnostics need a list.")
     if hasattr(patches, "backbone"):  # patches of a feature map, whose sides are not in px
         sides = [length // number for length, number in zip(patches.img_size, grid, strict=True)]
+    if not all(grid) or any(g * s != size for g, s, size in zip(grid, sides, patches.img_size, strict=True)):
+        size = " x ".join(map(str, patches.img_size))
+        raise ConfigError(f"image_size must be a multiple of the patch size of timm:{name}, {sides[0]} px, not {size}.")
     if sides[0] != sides[1]:
         raise ConfigError(f"checkpoint=timm:{name} has patches of {sides[0]} x {sides[1]} px; square ones are needed.")
     return EncoderSpec(

@@ -239,7 +239,7 @@ class ViTEncoder(VisionTransformer):
     def visit_layers(self, images: Tensor, visit: Visit) -> Tensor:
         """``forward`` that shows every layer to ``visit``, see :func:`~harmonize.backbones.tap.visit_blocks`."""
         num_tokens = self.num_prefix_tokens + self.spec.num_patches
-        return visit_blocks(self.blocks, lambda: self(images), visit, num_tokens)  # type: ignore[arg-type]
+        return visit_blocks(self.blocks, lambda: self(images), visit, num_tokens)
 
     def iter_blocks(self, images: Tensor) -> Iterator[Tensor]:
         """The tokens (B, P + N, D) after each block, in order, before the final norm."""

@@ -30,6 +30,7 @@ class AttentionDistance(Diagnostic):
     """Mean attention distance of every block and head."""
 
     sees = (AttentionMaps,)
+    distances: Tensor
 
     def prepare(self, spec: EncoderSpec) -> None:
         """Declare the rows."""

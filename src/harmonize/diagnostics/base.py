@@ -93,6 +93,7 @@ class Diagnostic(Metric):
         self.spec, self.num_images, self.every_n_epochs = spec, num_images, every_n_epochs
         self.blocks = list(range(1, spec.depth + 1))
         self._places: dict[str, int] = {}
+        self.index: list[Tensor]
         self.add_state("index", [], dist_reduce_fx="cat")
         self.prepare(spec)
 
@@ -110,7 +111,10 @@ class Diagnostic(Metric):
         """Keep rows (B, ...) of the images ``index`` (B,)."""
         if (name, place) == (next(iter(self._places)), 0):
             self.index.append(index)
-        getattr(self, f"{name}_{place}").append(rows)
+        self._rows(name, place).append(rows)
+
+    def _rows(self, name: str, place: int) -> list[Tensor]:
+        return getattr(self, f"{name}_{place}")
 
     def compute(self) -> dict[str, Tensor]:
         """All rows of all ranks by name, (images, places, ...), in the order of the images, each image once."""
@@ -118,9 +122,7 @@ class Diagnostic(Metric):
         order = unique_rows(index)
         rows = {"index": index[order]}
         for name, num_places in self._places.items():
-            rows[name] = torch.stack(
-                [dim_zero_cat(getattr(self, f"{name}_{p}"))[order] for p in range(num_places)], dim=1
-            )
+            rows[name] = torch.stack([dim_zero_cat(self._rows(name, p))[order] for p in range(num_places)], dim=1)
         return rows
 
     def describe(self, rows: dict[str, Tensor]) -> Findings:

@@ -52,29 +52,39 @@ def measure(
     if not diagnostics:
         return Findings()
 
-    feed = _Feed(spec, diagnostics, indices)
-    seen = 0
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32: small differences between large numbers are measured
+    try:
+        _run(encoder, batches, _Feed(spec, diagnostics, indices), device)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+    found = Findings(num_images=len(indices))
+    for name, diagnostic in diagnostics.items():
+        rows = diagnostic.compute()
+        readable = rows.pop("index").numel()  # torchmetrics squeezes what has a single element
+        if readable < diagnostic.min_images:
+            raise ConfigError(f"Only {readable} images for the diagnostic {name} can be read; it needs more.")
+        found.merge(diagnostic.describe(rows))
+        if diagnostic.num_images is None or diagnostic.num_images >= len(indices):
+            found.num_images = readable  # without those that cannot be read
+        diagnostic.reset()
+    return found
+
+
+def _run(encoder: nn.Module, batches: Iterable[Batch], feed: _Feed, device: torch.device | str) -> None:
+    """Show all batches."""
+    seen = False
     for batch in batches:
         if batch.image is None:
             raise ValueError("Diagnostics look at Batch.image, the clean view, which this batch lacks.")
         batch = batch.apply(lambda tensor: tensor.to(device))
         assert batch.image is not None
         feed.run(encoder, batch.image.float(), batch.label, batch.index)
-        seen += 1
+        seen = True
     if not seen:  # more ranks than batches: this one has nothing to add but must take part
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        feed.run(encoder, torch.empty(0, 3, *spec.image_size, device=device), empty, empty)
-
-    found = Findings(num_images=len(indices))
-    for name, diagnostic in diagnostics.items():
-        rows = diagnostic.compute()
-        readable = len(rows.pop("index"))
-        if readable < diagnostic.min_images:
-            raise ConfigError(f"Only {readable} images for the diagnostic {name} can be read; it needs more.")
-        found.merge(diagnostic.describe(rows))
-        found.num_images = min(found.num_images, readable) if diagnostic.num_images is None else found.num_images
-        diagnostic.reset()
-    return found
+        feed.run(encoder, torch.empty(0, 3, *feed.spec.image_size, device=device), empty, empty)
 
 
 def second_view(images: Tensor) -> Tensor:
@@ -90,6 +100,8 @@ class _Feed:
 
     def __init__(self, spec: EncoderSpec, diagnostics: Mapping[str, Diagnostic], indices: Sequence[int]) -> None:
         self.spec, self.diagnostics = spec, diagnostics
+        self.index, self.second = torch.empty(0, dtype=torch.int64), False
+        self.keep: dict[str, Tensor] = {}
         # By name: a metric's hash changes with its state.
         self.chosen: dict[str, Tensor] = {
             name: torch.tensor([indices[len(indices) * i // num] for i in range(num)])

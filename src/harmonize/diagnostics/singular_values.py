@@ -58,6 +58,11 @@ def log_relative(values: Tensor) -> Tensor:
     return torch.maximum(values, FLOOR * largest).log()
 
 
+def _rank_and_alpha(values: Tensor) -> Tensor:
+    """Effective rank and alpha, stacked, of singular values (..., K)."""
+    return torch.stack([effective_rank(values), alpha_req(values)])
+
+
 class TokenSpectrum(Diagnostic):
     """Singular values of the patch tokens of an image, at the input and after every block."""
 
@@ -113,13 +118,10 @@ class ImageSpectrum(Diagnostic):
         num_images = features.shape[1]
         layers = [0, *self.blocks]
         curves = {}
-        for name, quantity, statistic in (
-            ("image_effective_rank", IMAGE_RANK, effective_rank),
-            ("image_alpha", ALPHA, alpha_req),
-        ):
-            value, error = jackknife(lambda i, f=statistic: f(singular_values(features[:, i])), num_images)
-            if not value.isnan().all():  # too few images for a fit of alpha
-                curves[name] = Curve(quantity, layers, value.tolist(), error.tolist())
+        value, error = jackknife(lambda i: _rank_and_alpha(singular_values(features[:, i])), num_images)
+        for k, (name, quantity) in enumerate((("image_effective_rank", IMAGE_RANK), ("image_alpha", ALPHA))):
+            if name != "image_alpha" or not value[k].isnan().any() or not features.isfinite().all():  # else: no fit
+                curves[name] = Curve(quantity, layers, value[k].tolist(), error[k].tolist())
         num_values = max(1, min(num_images - 1, self.spec.width))
         logs = log_relative(singular_values(features)[:, :num_values])
         relative = (logs - logs[1]).tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonize.diagnostics.base import Diagnostic, Images
-from harmonize.types import ConfigError, EncoderSpec, Findings, Picture, Quantity, TokensView
+from harmonize.types import EncoderSpec, Findings, Picture, Quantity, TokensView
 
 TSNE = Quantity(
     "Tokens in the plane (t-SNE)",
@@ -22,20 +22,12 @@ NUM_CLASSES, IMAGES_PER_CLASS = 3, 6
 
 
 class TokenTSNE(Diagnostic):
-    """t-SNE of the last block's patch tokens of all images that it sees.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
+    """t-SNE of the last block's patch tokens of all images that it sees; needs scikit-learn."""
 
     sees = (Images, TokensView)
 
     def prepare(self, spec: EncoderSpec) -> None:
         """Declare the rows."""
-        try:
-            import sklearn.manifold  # noqa: F401
-        except ImportError as error:
-            raise ConfigError("t-SNE needs scikit-learn: pip install 'harmonize[analysis]', or tsne=false.") from error
         self.declare("label", 1)
         self.declare("tokens", 1)
 
@@ -50,7 +42,7 @@ class TokenTSNE(Diagnostic):
         """Picture ``token_tsne``."""
         import sklearn.manifold
 
-        tokens = rows["tokens"][:, 0].flatten(0, 1).cpu()
+        tokens = rows["tokens"][:, 0].flatten(0, 1).nan_to_num(0.0, 0.0, 0.0).cpu()  # a picture; t-SNE would raise
         perplexity = min(20.0, (len(tokens) - 1) / 3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -41,7 +41,7 @@ from harmonize.training.callbacks.speed import Speed
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, write_json
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import is_excluded, trained_parameters
-from harmonize.types import ConfigError
+from harmonize.types import ConfigError, EncoderSpec
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 PACKAGES = ("harmonize", "torch", "torchvision", "timm", "lightning", "hydra-core", "torchmetrics", "wandb", "numpy")
@@ -177,7 +177,8 @@ def _fit(
     if gradients is not None:
         callbacks.append(gradients)
     callbacks.append(StepMetrics())
-    looks_inside = choose_diagnostics(cfg.diagnostics, module.encoder.spec)
+    spec: EncoderSpec = module.encoder.spec  # type: ignore[assignment]
+    looks_inside = choose_diagnostics(cfg.diagnostics, spec)
     layer_probe = looks_inside.layer_probe if looks_inside is not None and has_probe else None
     val_loader = probe = None
     if has_probe:
@@ -189,7 +190,7 @@ def _fit(
             numbers = {split: min(number, limit) for split, number in numbers.items()}
         val_loader = data.feature_loader("val", numbers["val"])
         train_loader = data.feature_loader("train", numbers["train"])
-        more = layer_probe.specs(module.encoder.spec) if layer_probe is not None else ()
+        more = layer_probe.specs(spec) if layer_probe is not None else ()
         probe = OnlineProbe(train_loader, len(data.classes or ()), **probe_config, more=more)
         callbacks.append(probe)
     elif cfg.callbacks.get("probe"):
@@ -212,7 +213,7 @@ def _fit(
             )
         )
         if val_loader is None:  # a validation epoch has to begin and to end; the diagnostics bring their own images
-            val_loader = torch.utils.data.DataLoader(torch.zeros(1))
+            val_loader = torch.utils.data.DataLoader([torch.zeros(1)])  # type: ignore[arg-type]
     callbacks.append(ProgressDisplay(None if cfg.trainer.progress == "auto" else cfg.trainer.progress, console))
     callbacks.append(
         Checkpoints(folder / "checkpoints")

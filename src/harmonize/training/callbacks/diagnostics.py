@@ -152,8 +152,9 @@ class Diagnostics(pl.Callback):
         wandb = self._wandb(trainer)
         if wandb is None:
             return
-        for name in self.history[epoch].curves:
-            lines = {e: found.curves[name] for e, found in sorted(self.history.items()) if name in found.curves}
+        history = {e: found for e, found in sorted(self.history.items()) if e <= epoch}  # later ones are void
+        for name in history[epoch].curves:
+            lines = {e: found.curves[name] for e, found in history.items() if name in found.curves}
             epochs = list(lines)
             if len(epochs) > MAX_LINES:
                 last = len(epochs) - 1
@@ -210,6 +211,6 @@ def read_history(folder: Path) -> dict[int, Findings]:
         try:
             plain = json.loads(path.read_text())
             history[int(plain["epoch"])] = from_plain(plain)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return history

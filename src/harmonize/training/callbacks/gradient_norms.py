@@ -48,6 +48,10 @@ class GradientNorms(pl.Callback):
         self.every_n_steps = every_n_steps
         self._rows: list[Tensor] = []  # (2, layers): cosine and ratio, of one step each
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin a new mean; a run resumes at the start of an epoch, with the mean that it would have had."""
+        self._rows.clear()
+
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Measure the terms of the micro-batch whose graph is about to be used."""
         assert isinstance(module, PretrainModule)
@@ -79,7 +83,7 @@ class GradientNorms(pl.Callback):
             )
 
     def findings(self) -> Findings:
-        """Curves ``gradient_cosine`` and ``gradient_ratio`` over the steps measured since the last call, if any."""
+        """Curves ``gradient_cosine`` and ``gradient_ratio`` over the steps measured in this epoch, if any."""
         if not self._rows:
             return Findings()
         value, error = mean_and_error(torch.stack(self._rows))
