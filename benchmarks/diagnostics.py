@@ -1,6 +1,6 @@
 """What the diagnostics cost: time and memory against a plain forward pass of the same images, and the training step.
 
-    python benchmarks/diagnostics.py                      # ViT-S/16, 224 px, 64 images: about ten minutes on two cores
+    python benchmarks/diagnostics.py                      # ViT-S/16, 224 px, 64 images: some minutes on two cores
     python benchmarks/diagnostics.py --images 16 --pairs 1
 
 Times are ratios, median (least ... most) over interleaved pairs of one run. Memory is the peak resident size of a fresh
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -75,12 +75,12 @@ def forward(encoder: ViTEncoder, num: int, size: int) -> None:
         encoder(batch.image)
 
 
-def work(encoder: ViTEncoder, what: str, num: int, size: int) -> None:
-    """What one row measures."""
+def prepare(encoder: ViTEncoder, what: str, num: int, size: int) -> Callable[[], object]:
+    """What one row measures, ready to run."""
     if what == "plain":
-        forward(encoder, num, size)
-    else:
-        measure(encoder, batches(num, size), choose(encoder, what, num), list(range(num)))
+        return partial(forward, encoder, num, size)
+    chosen = choose(encoder, what, num)
+    return lambda: measure(encoder, batches(num, size), chosen, list(range(num)))
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -96,7 +96,7 @@ def ratios(action: Callable[[], object], base: Callable[[], object], pairs: int)
     found = []
     for i in range(pairs):
         order = [(0, base), (1, action)][:: 1 if i % 2 else -1]
-        times = dict((k, seconds(f)) for k, f in order)
+        times = {k: seconds(f) for k, f in order}
         found.append(times[1] / times[0])
     return sorted(found)
 
@@ -119,7 +119,7 @@ def peak_mib(what: str, num: int, size: int, patch: int) -> float:
 
 
 def step_ratio(size: int, patch: int, pairs: int) -> tuple[list[float], bool]:
-    """A training step after diagnostics have looked at the encoder, over one without; and whether gradients are equal."""
+    """A training step after diagnostics have looked at the encoder over one without; whether gradients are equal."""
 
     def prepared(look: bool) -> tuple[Callable[[], None], ViTEncoder]:
         encoder = make_encoder(size, patch)
@@ -158,8 +158,9 @@ def main() -> None:
     options = parser.parse_args()
     encoder = make_encoder(options.size, options.patch)
     if options.child:
-        work(encoder, options.child, options.images, options.size)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        prepare(encoder, options.child, options.images, options.size)()
+        status = Path("/proc/self/status").read_text()  # getrusage would count the parent's memory before exec
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)  # type: ignore[index]
         return
 
     title = f"ViT-S/{options.patch}, {options.size} px, {options.images} images, {torch.get_num_threads()} threads"
@@ -172,14 +173,14 @@ def main() -> None:
         print(f"{name:<34}{median:6.2f} ({found[0]:.2f} ... {found[-1]:.2f}){goal}", flush=True)
         results[name] = found
 
-    base = partial(forward, encoder, options.images, options.size)
+    base = prepare(encoder, "plain", options.images, options.size)
     rows = ["diagnostics 1-6", "all"]
     if options.each:
         rows += list(choose(encoder, "all", options.images))
     for what in rows:
         show(
             what,
-            ratios(partial(work, encoder, what, options.images, options.size), base, options.pairs),
+            ratios(prepare(encoder, what, options.images, options.size), base, options.pairs),
             LIMITS.get(what),
         )
     found, equal = step_ratio(options.size, options.patch, options.pairs)

@@ -203,12 +203,6 @@ def _load(checkpoint: str, name: str, cfg: DictConfig) -> Loaded:
         ConfigError: It cannot be read, or is no encoder.
     """
     loaded = _load_timm(checkpoint, name, cfg) if checkpoint.startswith(TIMM) else _load_own(checkpoint, name, cfg)
-    spec = loaded.spec
-    loaded.details |= {
-        "network": f"{spec.depth} blocks, width {spec.width}, {spec.num_heads} heads",
-        "input": f"{spec.image_size[0]} x {spec.image_size[1]} px, patches of {spec.patch_size} px, "
-        f"{spec.num_prefix_tokens} prefix tokens",
-    }
     for encoder in (loaded.encoder, loaded.untrained):
         if encoder is not None:
             encoder.requires_grad_(False).eval()
@@ -323,7 +317,7 @@ def _say_alarms(network: Network, cfg: DictConfig, console: Console) -> None:
     chosen = choose_diagnostics(cfg.diagnostics, network.spec)
     if chosen is not None and chosen.health is not None:
         for alarm in chosen.health.check(network.findings, network.spec):
-            network.warnings.append(f"{network.name}: {alarm}")
+            network.warnings.append(str(alarm))
             console.print(f"Health: {network.name}: {alarm}")
 
 

@@ -456,6 +456,8 @@ def layer_exists(layer: int, depth: int) -> str | None:
 def one_name_each(checkpoint: Any, names: list[str] | None) -> str | None:
     """Every checkpoint has its name, or none has."""
     num = len(checkpoint) if isinstance(checkpoint, list) else 1
+    if names is not None and len(set(names)) < len(names):
+        return f"names must differ from each other, which {show(names)} do not"
     if names is None or len(names) == num:
         return None
     return f"names must be null or a list of {num}, one for each checkpoint, not {show(names)}"

@@ -101,7 +101,7 @@ class AttentionView:
         query = self.query[:, :, first_query:].float() * self.scale
         logits = query @ self.key.float().transpose(-2, -1)
         if self.bias is not None:
-            logits += self.bias[:, :, first_query:]
+            logits += self.bias[:, :, first_query:] if self.bias.shape[2] > 1 else self.bias
         return logits
 
     def weights(self) -> Tensor:

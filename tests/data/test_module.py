@@ -291,3 +291,129 @@ def test_datasets_of_the_loaders_pickle():
 def test_impossible_settings_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         make(**options)
+
+
+# ---- fixed lists of images -------------------------------------------------------------------------------------------
+
+
+class Halves(Noise):
+    """Ten training images and a validation split of ``num``; ``labels`` of the latter by position."""
+
+    def __init__(self, num=40, bad=(), labels=None):
+        super().__init__(num, bad)
+        self.labels = labels
+
+    def split(self, name):
+        return Noise(10) if name == "train" else self
+
+    def load(self, index):
+        image, label = super().load(index)
+        return image, label if self.labels is None else self.labels[index]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "expected"),
+    [
+        (1, [0]),
+        (3, [0, 7, 14]),
+        (5, [0, 4, 8, 13, 17]),
+        (22, list(range(22))),
+        (30, list(range(22))),
+        (None, list(range(22))),
+    ],
+)
+def test_spread_is_even_and_always_the_same(num_images, expected):
+    for options in ({}, {"seed": 3}, {"world_size": 2, "rank": 1}):
+        data = make(Halves(22), **options)
+        assert data.spread("val", num_images) == expected
+        assert data.spread("val", num_images) == expected
+    assert make(Halves(22)).spread("train", 5) == [0, 2, 4, 6, 8]
+
+
+def test_spread_takes_from_every_part_of_a_list_that_is_sorted_by_class():
+    labels = sorted(range(40), key=lambda i: i % 4)  # ten of each class, one class after the other
+    data = make(Halves(labels=[label % 4 for label in labels]))
+    (batch,) = data.feature_loader("val", 8)
+    assert batch.label.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_positions_and_numbers_name_the_same_images():
+    data = make(Halves(21), batch_size=2)
+    chosen = data.spread("val", 7)
+    by_number, by_position = (list(data.feature_loader("val", images, 3)) for images in (7, chosen))
+    assert [batch.index.tolist() for batch in by_position] == [[0, 3, 6], [9, 12, 15], [18]]
+    assert_same(by_number, by_position)
+    for a, b in zip(by_number, by_position, strict=True):
+        assert torch.equal(a.image, b.image)
+    (backwards,) = data.feature_loader("val", [20, 4], 3)
+    assert sorted(backwards.index.tolist()) == [4, 20]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_ranks_share_a_list_whatever_the_batch(batch_size):
+    shares = []
+    for rank in (0, 1):
+        loader = make(Halves(21), world_size=2, rank=rank).feature_loader("val", [1, 4, 5, 9, 20], batch_size)
+        batches = list(loader)
+        assert all(len(batch) <= batch_size for batch in batches)
+        shares += [i for batch in batches for i in batch.index.tolist()]
+    assert sorted(shares) == [1, 4, 5, 9, 20]
+
+
+def test_by_class_takes_the_first_images_of_the_first_classes():
+    data = make(Halves(12, labels=[2, 0, 1, 1, -1, 0, 1, 2, 0, 2, 3, 0]))
+    assert data.by_class("val", 2, 2) == [1, 2, 3, 5]
+    assert data.by_class("val", 3, 3) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert data.by_class("val", 4, 3) == data.by_class("val", 3, 3)  # class 3 has one image, and is left out
+    assert data.by_class("val", 1, 4) == [1, 5, 8, 11]
+    assert data.by_class("val", 1, 5) == []
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_by_class_goes_round_what_cannot_be_read():
+    data = make(Halves(8, bad={0, 1}, labels=[0, 1, 0, 1, 0, 1, 0, 1]))
+    assert data.by_class("val", 2, 2) == [2, 3, 4, 5]
+
+
+def test_by_class_reads_no_more_than_it_is_allowed_to():
+    read = []
+
+    class Counted(Halves):
+        def load(self, index):
+            read.append(index)
+            return super().load(index)
+
+    data = make(Counted(40))
+    assert data.by_class("val", 2, 1, num_read=4) == [0]  # evenly spaced, all of one class
+    assert read == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (20, 12)])
+def test_the_clean_view_of_an_encoder_that_is_not_square(size):
+    data = DataModule(Halves(5), {}, {}, image_size=size, batch_size=1, eval_crop=1.0)
+    (batch,) = data.feature_loader("val", None, 8)
+    assert batch.image.shape == (5, 3, *size)
+    clean = Evaluation(size, 1.0)
+    for index, image in enumerate(batch.image):
+        assert torch.equal(image, clean(Halves(5).load(index)[0]))
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_an_empty_batch_has_the_shape_of_the_others():
+    data = DataModule(Halves(4, bad={2, 3}), {}, {}, image_size=(12, 20), batch_size=1)
+    full, empty = data.feature_loader("val", None, 2)
+    assert full.image.shape == (2, 3, 12, 20)
+    assert empty.image.shape == (0, 3, 12, 20)
+
+
+def test_the_clean_view_keeps_proportions():
+    """A white disc on black ground stays round, whatever the sides of the picture and of the view."""
+    y, x = np.mgrid[:60, :80]
+    disc = np.where((y - 30) ** 2 + (x - 40) ** 2 < 15**2, 255, 0).astype(np.uint8)
+    image = Image.fromarray(np.stack([disc] * 3, axis=-1))
+    for size in ((32, 32), (32, 48), (48, 32)):
+        view = Evaluation(size, 1.0)(image)[0]
+        white = view > view.mean()
+        height, width = white.any(1).sum().item(), white.any(0).sum().item()
+        assert abs(height - width) <= 1
+        assert height > 10

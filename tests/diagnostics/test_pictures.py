@@ -1,7 +1,5 @@
 """What people look at: the right patch, the right colours, the right order."""
 
-import sys
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from harmonize.diagnostics.measure import measure
 from harmonize.diagnostics.pictures import AttentionPictures, TokenColors
 from harmonize.diagnostics.token_translation import TokenMoves
 from harmonize.diagnostics.token_tsne import TokenTSNE
-from harmonize.types import IMAGE_MEAN, IMAGE_STD, ConfigError
+from harmonize.types import IMAGE_MEAN, IMAGE_STD
 from tests.diagnostics.probes import Player, clean_batch, maps_view, opinionated, randn, stream
 
 
@@ -148,10 +146,3 @@ def test_tsne_of_broken_tokens_raises_nothing():
     batch = clean_batch(encoder.spec, 3)
     found = measure(encoder, [batch], {"tsne": TokenTSNE(encoder.spec)}, range(3))
     assert found.pictures["token_tsne"].arrays["points"].shape == (1, 72, 2)
-
-
-def test_tsne_needs_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(ConfigError, match=r"scikit-learn: pip install 'harmonize\[analysis\]', or tsne=false"):
-        TokenTSNE(opinionated().spec)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from harmonize.diagnostics.measure import measure
+from harmonize.types import AttentionView
 from tests.diagnostics.probes import KINDS, Player, clean_batch, maps_view, randn, stream
 
 ROWS, COLUMNS, PATCHES, WIDTH = 4, 6, 24, 24  # of Player, whose patches are 4 px
@@ -79,6 +80,22 @@ def test_prefix_tokens_take_their_share_and_no_more():
     for name in ("attention_distance", "nmi", "attention_entropy", "head_map_similarity", "head_divergence"):
         assert curves[name].value == pytest.approx(bare[name].value, abs=1e-5), name
     assert curves["attention_distance"].value == pytest.approx([20 / 3, 20 / 3], rel=1e-5)
+
+
+def test_a_prefix_token_that_takes_nearly_all():
+    """Trained networks have such sinks; the exponential of a difference of 150 is beyond fp32."""
+    logits = torch.cat([torch.full((PATCHES + 1, 1), 150.0), torch.cat([torch.zeros(1, PATCHES), 60 * RIGHT])], dim=1)
+
+    def play(images, call):
+        key = torch.eye(PATCHES + 1).expand(len(images), 2, -1, -1)
+        for layer in (1, 2):
+            yield AttentionView(layer, logits.expand_as(key), key, key, None, 1.0)
+
+    curves = find(play, ["attention_distance", "attention_entropy", "mutual_information"], num_prefix=1).curves
+    assert curves["prefix_attention"].value == pytest.approx([1, 1])
+    assert curves["attention_distance"].value == pytest.approx([20 / 3, 20 / 3], rel=1e-5)
+    assert curves["attention_entropy"].value == pytest.approx([0, 0], abs=1e-5)
+    assert curves["nmi"].value == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_images_are_told_apart():

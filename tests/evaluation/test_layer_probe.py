@@ -104,7 +104,7 @@ def test_images_without_a_label_count_neither_as_right_nor_for_the_error():
 def test_the_same_feature_for_fitting_and_for_scoring():
     with pytest.raises(ValueError, match=r"layer=1 .*layer=2 "):
         LayerProbe().score([planted(20, 1, 1, True)], [planted(20, 2, 2, True)], 2)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         LayerProbe().score([planted(20, 1, 1, True)], [planted(20, 2, 1, True), planted(20, 2, 2, True)], 2)
 
 

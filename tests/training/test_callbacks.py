@@ -4,6 +4,7 @@ import io
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +118,9 @@ def by_block(folder, step):
     for row in read_rows(folder / "metrics.jsonl"):
         merged |= row if row["step"] == step else {}
     layers = sorted(int(name[-2:]) for name in merged if name.startswith("diagnostics/gradient_cosine/layer_"))
-    return {i: tuple(merged[f"diagnostics/gradient_{key}/layer_{i:02d}"] for key in ("cosine", "ratio")) for i in layers}
+    return {
+        i: tuple(merged[f"diagnostics/gradient_{key}/layer_{i:02d}"] for key in ("cosine", "ratio")) for i in layers
+    }
 
 
 def test_cosine_and_ratio_of_each_block_are_those_of_its_own_gradients(fit, tmp_path):
@@ -175,7 +178,8 @@ def test_nothing_is_said_of_what_is_not_trained(fit, tmp_path):
     """Before the first block: a frozen patch embedding, fixed positions and no class token."""
     encoder = tiny_encoder(class_token=False, freeze_patch_embed=True)
     gradients = GradientNorms(1)
-    fit(make_module("hybrid", total_steps=1, encoder=encoder), make_batches(1), [gradients])
+    objective = Hybrid(encoder, partial(CONTRASTIVE, pool="patch_mean"), MaskedImageModeling, 0.2)
+    fit(make_module(objective, total_steps=1, encoder=encoder), make_batches(1), [gradients])
     assert list(by_block(tmp_path, 1)) == [1, 2]
     curve = gradients.findings().curves["gradient_cosine"]
     assert curve.layer == [1, 2]

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, run_id, write_json
 
@@ -241,3 +242,90 @@ def test_an_offline_run_that_cannot_start_is_given_up(tmp_path, monkeypatch):
         logger.start()
     logger.log_metrics({"x": 1.0}, 1)
     logger.finish()
+
+
+def history(path):
+    """The rows of an offline W&B file, and its alerts, as (title, text)."""
+    records = finished_records(path)
+    nested = [record.history.item for record in records if record.HasField("history")]
+    rows = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items} for items in nested]
+    return rows, [(record.alert.title, record.alert.text) for record in records if record.HasField("alert")]
+
+
+def test_lines_pictures_and_alerts_reach_the_offline_file(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    logger = Wandb(folder)
+    logger.start()
+    logger.log_lines("depth/nmi", [[1, 2], [1, 2, 3]], [[0.5, 0.25], [1, 2, 4]], ["untrained", "epoch 1"], "NMI", 7)
+    logger.log_images({"pictures/curves": tmp_path / "red.png"}, 8)
+    logger.alert("9: attention collapse", "it is bad")
+    logger.finish()
+    assert not logger.failed
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    rows, alerts = history(path)
+    assert alerts == [("9: attention collapse", "it is bad")]
+    by_step = {}
+    for row in rows:
+        by_step.setdefault(row.get("trainer/global_step"), {}).update(row)
+    (file,) = folder.glob("wandb/offline-run-*/files/media/table/**/*.json")
+    table = json.loads(file.read_text())
+    lines = {}
+    for row in table["data"]:
+        point = dict(zip(table["columns"], row, strict=True))
+        lines.setdefault(point["lineKey"], []).append((point["step"], point["lineVal"]))
+    assert lines == {"untrained": [(1, 0.5), (2, 0.25)], "epoch 1": [(1, 1), (2, 2), (3, 4)]}
+    assert any(name.startswith("depth/nmi") for name in by_step[7])
+    image = [by_step[8][f"pictures/curves/{key}"] for key in ("_type", "width", "height")]
+    assert image == ["image-file", 6, 4]
+    (copy,) = folder.glob("wandb/offline-run-*/files/media/images/**/*.png")
+    assert Image.open(copy).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("what", ["log_lines", "log_images", "alert"])
+def test_no_kind_of_failure_stops_a_run(tmp_path, monkeypatch, what):
+    """One warning, and nothing is asked of W&B any more."""
+    import wandb
+
+    asked = []
+
+    class Broken:
+        def log(self, row):
+            asked.append(row)
+            raise RuntimeError("server on fire")
+
+        def alert(self, title, text):
+            self.log(title)
+
+        def finish(self, exit_code=0):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    Image.new("RGB", (6, 4)).save(tmp_path / "black.png")
+    logger = Wandb(tmp_path)
+    logger.start()
+    calls = {
+        "log_lines": lambda: logger.log_lines("depth/nmi", [[1]], [[0.5]], ["epoch 1"], "NMI", 1),
+        "log_images": lambda: logger.log_images({"pictures/curves": tmp_path / "black.png"}, 1),
+        "alert": lambda: logger.alert("1: alarm", "text"),
+    }
+    with pytest.warns(UserWarning, match="W&B failed .*server on fire.*training goes on") as caught:
+        calls[what]()
+    assert len([w for w in caught if "W&B" in str(w.message)]) == 1
+    assert logger.failed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in calls.values():
+            call()
+        logger.log_metrics({"x": 1.0}, 2)
+    assert len(asked) == 1
+
+
+def test_a_picture_that_is_not_there_is_a_failure_too(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("opened for nothing"))
+    logger = Wandb(tmp_path)
+    with pytest.warns(UserWarning, match="W&B failed .*missing.png"):
+        logger.log_images({"pictures/curves": tmp_path / "missing.png"}, 1)

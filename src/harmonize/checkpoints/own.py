@@ -49,8 +49,8 @@ def read_checkpoint(name: str) -> OwnCheckpoint:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"checkpoint={name} cannot be read as a checkpoint of harmonize ({reason}).") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
-    names = [k for k in state if str(k).startswith(PREFIX)] if isinstance(state, dict) else []
-    weights = {name.removeprefix(PREFIX): state[name] for name in names}
+    entries = state.items() if isinstance(state, dict) else ()
+    weights = {str(k).removeprefix(PREFIX): v for k, v in entries if str(k).startswith(PREFIX)}
     if not weights or not isinstance(content.get("config"), dict) or "backbone" not in content["config"]:
         raise ConfigError(
             f"checkpoint={name} holds no encoder of harmonize (no tensors named {PREFIX}* with a configuration beside "

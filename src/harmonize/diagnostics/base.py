@@ -38,10 +38,13 @@ class AttentionMaps:
         mass = weights.sum(dim=-1, keepdim=True)
         self.patches = weights.div_(mass).transpose(1, 2)
         """Attention among patches (B, H, N, N), rows summing to 1."""
-        self.log_patches = logs.sub_(mass.log()).transpose(1, 2)
+        logs.sub_(mass.log())
+        if view.bias is not None:
+            logs.clamp_(min=-100.0)  # a mask's minus infinity times its attention of 0 would be no number
+        self.log_patches = logs.transpose(1, 2)
         """Its logarithm."""
-        prefix = (logits[..., :num_prefix_tokens] - largest.transpose(1, 2)).exp_().sum(dim=-1)
-        self.prefix_mass = (prefix / (prefix + mass.squeeze(-1).transpose(1, 2))).mean(dim=-1)
+        patches = (largest + mass.log()).squeeze(-1).transpose(1, 2)  # log of the sum of exponentials; so is the other
+        self.prefix_mass = (logits[..., :num_prefix_tokens].logsumexp(dim=-1) - patches).sigmoid().mean(dim=-1)
         """Share (B, H) of the patches' attention that goes to prefix tokens, mean over patches."""
 
     @cached_property

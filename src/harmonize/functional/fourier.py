@@ -30,7 +30,9 @@ def log_amplitude(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     if not len(tokens):  # which MKL's transform refuses
         return tokens.new_zeros(0, grid[0], grid[1] // 2 + 1, dtype=torch.float32)
     maps = tokens.float().unflatten(1, grid)
-    return torch.fft.rfft2(maps, dim=(1, 2)).abs().add_(EPSILON).log_().mean(dim=-1)
+    spectrum = torch.fft.rfft2(maps, dim=(1, 2))
+    amplitude = spectrum.real.square().add_(spectrum.imag.square()).sqrt_()  # twice as fast as the modulus of complex
+    return amplitude.add_(EPSILON).log_().mean(dim=-1)
 
 
 def dc_log_amplitude(mean_tokens: Tensor, num_patches: int) -> Tensor:

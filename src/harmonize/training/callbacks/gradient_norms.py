@@ -46,6 +46,7 @@ class GradientNorms(pl.Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
+        self._layers: list[int] = []  # those that are trained at all
         self._rows: list[Tensor] = []  # (2, layers): cosine and ratio, of one step each
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -70,14 +71,15 @@ class GradientNorms(pl.Callback):
         if set(gradients) == {"contrastive", "mim"}:
             cl, mim = gradients["contrastive"], gradients["mim"]
             module.extra["grad_cosine"] = torch.nn.functional.cosine_similarity(cl, mim, dim=0)
-            rows = _by_layer(parameters, cl, mim).double().cpu()
+            self._layers = sorted({layer for name in parameters if (layer := _layer(name)) is not None})
+            rows = _by_layer(parameters, cl, mim)[:, self._layers].double().cpu()
             self._rows.append(rows)
             record(
                 trainer,
                 {
                     f"diagnostics/gradient_{name}/layer_{layer:02d}": value
                     for name, values in zip(("cosine", "ratio"), rows.tolist(), strict=True)
-                    for layer, value in enumerate(values)
+                    for layer, value in zip(self._layers, values, strict=True)
                 },
                 step,
             )
@@ -87,11 +89,10 @@ class GradientNorms(pl.Callback):
         if not self._rows:
             return Findings()
         value, error = mean_and_error(torch.stack(self._rows))
-        layers = list(range(value.shape[1]))
         self._rows.clear()
         return Findings(
             curves={
-                name: Curve(quantity, layers, value[i].tolist(), error[i].tolist())
+                name: Curve(quantity, list(self._layers), value[i].tolist(), error[i].tolist())
                 for i, (name, quantity) in enumerate((("gradient_cosine", COSINE), ("gradient_ratio", RATIO)))
             }
         )
