@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -82,9 +84,20 @@ def _run(encoder: nn.Module, batches: Iterable[Batch], feed: _Feed, device: torc
         assert batch.image is not None
         feed.run(encoder, batch.image.float(), batch.label, batch.index)
         seen = True
+        _give_back()
     if not seen:  # more ranks than batches: this one has nothing to add but must take part
         empty = torch.empty(0, dtype=torch.int64, device=device)
         feed.run(encoder, torch.empty(0, 3, *feed.spec.image_size, device=device), empty, empty)
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, where glibc allocates.
+
+    It would keep the holes that large temporaries leave between the small rows that stay: 50 MB more with every batch.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def second_view(images: Tensor) -> Tensor:
