@@ -205,7 +205,7 @@ def test_readme_training_command_runs(arguments, images, tmp_path):
     if not {"--help", "--cfg"} & set(arguments):
         small = ["trainer=smoke", "trainer.accelerator=cpu", "trainer.devices=1", "logger=csv", f"run.root={tmp_path}"]
         small += ["data.image_size=64", "data.patch_size=8", "data.num_train=16", "data.num_val=16"]
-        small += ["data.batch_size=4", "data.num_workers=0"]
+        small += ["data.batch_size=4", "data.num_workers=0", "diagnostics.figures=false"]
         lengths = ("trainer.", "data.batch_size", "logger", "run.dir")
         kept = [re.sub(r"^(\w[\w.]*=[^,]+,[^,]+),.*", r"\1", a) for a in arguments if not a.startswith(lengths)]
         arguments = [re.sub(r"^data\.root=.*", f"data.root={images}", a) for a in kept] + small
