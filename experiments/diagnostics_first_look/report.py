@@ -1,4 +1,4 @@
-"""The table of README.md, from ``diagnostics.json`` of the analysis: values with standard errors, late and early blocks.
+"""The table of README.md, from the ``diagnostics.json`` of the analysis: values with standard errors at three depths.
 
 Command: python experiments/diagnostics_first_look/report.py experiments/diagnostics_first_look/diagnostics.json
 """

@@ -29,9 +29,9 @@ def pixels(view):
 
 def normalised(image):
     """Straight from the definition, in fp64."""
-    return (np.asarray(image).transpose(2, 0, 1) / 255 - np.array(IMAGE_MEAN)[:, None, None]) / np.array(
-        IMAGE_STD
-    )[:, None, None]
+    return (np.asarray(image).transpose(2, 0, 1) / 255 - np.array(IMAGE_MEAN)[:, None, None]) / np.array(IMAGE_STD)[
+        :, None, None
+    ]
 
 
 def draw(low, high):
@@ -237,9 +237,7 @@ def test_extreme_shapes_are_fine(size):
     image = Image.new("RGB", size, "white")
     for recipe in (MoCoV3(32), SimMIM(32), MAE(32)):
         assert all(view.shape == (3, 32, 32) for view in recipe(image))
-    assert Evaluation(32, 0.875)(image).amin().item() == pytest.approx(
-        (1 - IMAGE_MEAN[0]) / IMAGE_STD[0], rel=1e-6
-    )
+    assert Evaluation(32, 0.875)(image).amin().item() == pytest.approx((1 - IMAGE_MEAN[0]) / IMAGE_STD[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(
