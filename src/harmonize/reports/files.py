@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harmonize.files import finite, write_whole
 from harmonize.types import Curve, Findings, Quantity, Surface
 
 COLUMNS = ["network", "diagnostic", "layer", "head", "column", "column_value", "value", "standard_error", "unit"]
@@ -27,11 +27,11 @@ def to_plain(findings: Findings) -> dict[str, Any]:
             name: asdict(curve.quantity)
             | {
                 "layer": list(curve.layer),
-                "value": _finite(curve.value),
-                "standard_error": _finite(curve.error),
-                "heads": _finite(curve.heads),
-                "head_standard_errors": _finite(curve.head_errors),
-                "uniform": _finite(curve.uniform),
+                "value": finite(curve.value),
+                "standard_error": finite(curve.error),
+                "heads": finite(curve.heads),
+                "head_standard_errors": finite(curve.head_errors),
+                "uniform": finite(curve.uniform),
             }
             for name, curve in findings.curves.items()
         },
@@ -41,8 +41,8 @@ def to_plain(findings: Findings) -> dict[str, Any]:
                 "layer": list(surface.layer),
                 "column": surface.column,
                 "columns": list(surface.columns),
-                "value": _finite(surface.value),
-                "standard_error": _finite(surface.error),
+                "value": finite(surface.value),
+                "standard_error": finite(surface.error),
             }
             for name, surface in findings.surfaces.items()
         },
@@ -95,13 +95,6 @@ def write_csv(path: Path, networks: Mapping[str, Findings]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _curve_rows(curve: Curve) -> Iterator[list[Any]]:
     for i, layer in enumerate(curve.layer):
         yield [layer, "", "", "", _cell(curve.value[i]), _cell(curve.error[i])]
@@ -123,13 +116,6 @@ def _cell(number: float) -> float | str:
 
 def _quantity(entry: Mapping[str, Any]) -> Quantity:
     return Quantity(**{key: entry[key] for key in ("title", "unit", "definition", "source", "figure")})
-
-
-def _finite(numbers: Any) -> Any:
-    """Nested lists with None for what is not finite; None stays None."""
-    if isinstance(numbers, list):
-        return [_finite(number) for number in numbers]
-    return numbers if numbers is not None and math.isfinite(numbers) else None
 
 
 def _floats(numbers: Any) -> Any:

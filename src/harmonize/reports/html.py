@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from harmonize import __version__
+from harmonize.files import write_whole
 from harmonize.reports.figures import (
     ATTENTION,
     depth_figure,
@@ -23,7 +24,7 @@ from harmonize.reports.figures import (
     is_heat_map,
     surface_figure,
 )
-from harmonize.reports.files import to_plain, write_csv, write_whole
+from harmonize.reports.files import to_plain, write_csv
 from harmonize.reports.pictures import draw
 from harmonize.reports.references import Reference, references_for
 from harmonize.reports.style import to_png, to_svg

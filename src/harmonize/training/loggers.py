@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
@@ -16,19 +15,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from harmonize.files import finite, write_json
+
 
 def record(trainer: pl.Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
     """Hand metrics to every logger; ``step`` counts finished optimiser steps (default: now)."""
     step = trainer.global_step if step is None else step
     for logger in trainer.loggers if metrics else ():
         logger.log_metrics(dict(metrics), step)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all; NaN and infinities become null, which JSON lacks a word for."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(_plain(value), indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 class JsonLogger(Logger):
@@ -79,7 +73,7 @@ class JsonLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row."""
-        row = {"step": step, **{name: _plain(float(value)) for name, value in metrics.items()}}
+        row = {"step": step, **{name: finite(float(value)) for name, value in metrics.items()}}
         if step != self.latest.get("step"):
             self.now = {}
         self.now.update(row)
@@ -293,12 +287,3 @@ def _settings() -> Any:
 
 def _short(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with None for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

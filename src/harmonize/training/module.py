@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from harmonize.functional.schedules import learning_rate
 from harmonize.functional.seeding import mix_int
-from harmonize.training.optim import Optimization, build_optimizer, learning_rate
+from harmonize.training.optim import Optimization, build_optimizer
 from harmonize.types import Batch, ObjectiveOutput, Progress
 
 
@@ -24,7 +25,7 @@ class PretrainModule(pl.LightningModule):
         encoder: The shared backbone; ``encoder.*`` in the checkpoint.
         objective: The objective with its heads and momentum copies; ``objective.*`` in the checkpoint.
         optimizer: Keywords of :func:`~harmonize.training.optim.build_optimizer`.
-        schedule: Keywords of :func:`~harmonize.training.optim.learning_rate`.
+        schedule: Keywords of :func:`~harmonize.functional.schedules.learning_rate`.
         global_batch: Images of one optimiser step, over all ranks and micro-batches.
         steps_per_epoch: Optimiser steps of one epoch.
         total_steps: Optimiser steps of the whole run.
@@ -97,7 +98,7 @@ class PretrainModule(pl.LightningModule):
         torch.manual_seed(mix_int(self.seed, progress.step, micro_batch, self.global_rank))
         if micro_batch == 0:
             self.extra.clear()
-            self.lr = learning_rate(progress, self.optimization.peak_lr, **self.schedule)
+            self.lr = learning_rate(progress.fraction, self.optimization.peak_lr, **self.schedule)
             for group in self.optimization.optimizer.param_groups:
                 group["lr"] = self.lr
             self.objective.before_step(self.encoder, progress)  # type: ignore[operator]

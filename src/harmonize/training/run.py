@@ -30,6 +30,7 @@ from torch import nn
 from harmonize.analysis import choose_diagnostics
 from harmonize.config import changed_keys, instantiate, load_config, run_dir, save_config, to_plain
 from harmonize.data.module import DataModule
+from harmonize.files import write_json
 from harmonize.functional.seeding import mix_int
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from harmonize.training.callbacks.diagnostics import Diagnostics
@@ -38,7 +39,7 @@ from harmonize.training.callbacks.metrics import StepMetrics
 from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
-from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, write_json
+from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import is_excluded, trained_parameters
 from harmonize.types import ConfigError, EncoderSpec

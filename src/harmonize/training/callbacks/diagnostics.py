@@ -16,12 +16,14 @@ from harmonize.diagnostics.base import Diagnostic
 from harmonize.diagnostics.health import Health
 from harmonize.diagnostics.measure import measure
 from harmonize.evaluation.layer_probe import LayerProbe
+from harmonize.files import write_json, write_whole
 from harmonize.reports.figures import epoch_sheet
 from harmonize.reports.files import from_plain, to_plain
 from harmonize.reports.pictures import draw
+from harmonize.reports.style import to_png
 from harmonize.training.callbacks.gradient_norms import GradientNorms
 from harmonize.training.callbacks.probe import OnlineProbe
-from harmonize.training.loggers import Wandb, record, write_json
+from harmonize.training.loggers import Wandb, record
 from harmonize.training.module import PretrainModule
 from harmonize.types import Batch, EncoderSpec, Findings
 
@@ -137,7 +139,7 @@ class Diagnostics(pl.Callback):
             paths = {}
             for suffix, figure in sheets.items():
                 paths[suffix or "_curves"] = self.folder / f"{name}{suffix}.png"
-                figure.savefig(paths[suffix or "_curves"], dpi=110)
+                write_whole(paths[suffix or "_curves"], to_png(figure, dpi=110))
             if (wandb := self._wandb(trainer)) is not None:
                 wandb.log_images({f"pictures/{key[1:]}": path for key, path in paths.items()}, trainer.global_step)
         except OSError as error:

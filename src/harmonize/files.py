@@ -1,0 +1,38 @@
+"""Writing files whole or not at all: whoever reads one, or is left with one after a crash, never sees half of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; NaN and infinities become null, which JSON lacks a word for."""
+    write_whole(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """Nested containers with None for every number that is not finite.
+
+    >>> finite({"a": [1, float("nan")]})
+    {'a': [1, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
