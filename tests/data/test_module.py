@@ -417,3 +417,114 @@ def test_the_clean_view_keeps_proportions():
         height, width = white.any(1).sum().item(), white.any(0).sum().item()
         assert abs(height - width) <= 1
         assert height > 10
+
+
+# ---- labelled training -----------------------------------------------------------------------------------------------
+
+
+class Partly(Noise):
+    """40 images without labels, and 20 others with labels."""
+
+    def probe_split(self, name):
+        return Noise(20)
+
+    def load(self, index):
+        return super().load(index)[0], -1
+
+
+def test_labelled_training_is_about_the_labelled_images():
+    data = make(Partly(), labelled=True)
+    assert (data.num_train, data.steps_per_epoch) == (20, 2)
+    batches = list(data.train_loader())
+    assert len(batches) == 2
+    for batch in batches:
+        assert torch.equal(batch.label, batch.index % 2)
+        assert batch.index.max() < 20
+    assert make(Partly()).num_train == 40
+    assert_same(list(make(Noise(20), labelled=True).train_loader()), batches)
+
+
+def test_labelled_training_needs_labels():
+    dataset = Noise()
+    dataset.classes = None
+    assert make(dataset).num_train == 40
+    with pytest.raises(ConfigError, match="data has no labels, or one class"):
+        make(dataset, labelled=True)
+
+
+def test_training_on_some_images():
+    chosen = [30, 2, 3, 5, 7, 8, 11, 13, 39]
+    data = make(train_indices=chosen, batch_size=4, seed=3)
+    assert (data.num_train, data.steps_per_epoch) == (9, 2)
+    batches = epochs(data.train_loader(), 6)
+    seen = [batch.index.tolist() for batch in batches]
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert len(set(first + second)) == 8
+    assert {index for batch in seen for index in batch} == set(chosen)
+    assert all(torch.equal(batch.label, batch.index % 2) for batch in batches)
+    # an image is augmented by its position in the split, whatever else is trained on
+    everything = {}
+    for batch in make(seed=3).train_loader():
+        everything |= dict(zip(batch.index.tolist(), batch.views["mim"][0], strict=True))
+    for batch in batches[:2]:
+        for index, view in zip(batch.index.tolist(), batch.views["mim"][0], strict=True):
+            assert torch.equal(view, everything[index])
+    assert_same(list(make(train_indices=range(40)).train_loader()), list(make().train_loader()))
+    assert sum(len(batch) for batch in data.feature_loader("train")) == 40
+
+
+def test_ranks_share_the_images_that_are_trained_on():
+    chosen = list(range(0, 40, 2))
+    seen = []
+    for rank in (0, 1):
+        for batch in make(train_indices=chosen, batch_size=10, world_size=2, rank=rank).train_loader():
+            assert len(batch) == 5
+            seen += batch.index.tolist()
+    assert sorted(seen) == chosen
+    whole = list(make(train_indices=chosen, batch_size=10).train_loader(epoch=1, start=1))
+    assert_same(whole, list(make(train_indices=chosen, batch_size=10).train_loader(epoch=1))[1:])
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_what_is_held_out_does_not_stand_in():
+    chosen = [1, 3, 4, 20, 21, 38, 39, 0]
+    batches = epochs(make(Noise(bad={3, 4, 39}), train_indices=chosen).train_loader(), 3)
+    for batch in batches:
+        assert sorted(batch.index.tolist()) == sorted([1, 20, 20, 20, 21, 38, 0, 0])
+        assert torch.equal(batch.label, batch.index % 2)
+    data = make(Noise(bad=set(chosen)), train_indices=chosen)
+    with pytest.raises(ConfigError, match="8 in a row cannot be read, from noise0"):
+        data.check_readable(probes=False)
+
+
+@pytest.mark.parametrize("indices", [[], [-1, 2], [1, 40], [3, 3]])
+def test_impossible_training_images_are_named(indices):
+    with pytest.raises(ConfigError, match="train_indices is not possible: different positions from 0 to 39 are needed"):
+        make(train_indices=indices, batch_size=1)
+
+
+def test_the_interpolation_of_the_clean_view():
+    for interpolation in ("bilinear", "bicubic"):
+        (batch,) = make(eval_interpolation=interpolation).feature_loader("val", [7], 1)
+        assert torch.equal(batch.image[0], Evaluation(16, 0.875, interpolation)(Noise().load(7)[0]))
+    assert not torch.equal(batch.image[0], Evaluation(16, 0.875, "bilinear")(Noise().load(7)[0]))
+    with pytest.raises(ConfigError, match=r"data.eval_interpolation=nearest is not known"):
+        make(eval_interpolation="nearest")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_clean_views_of_any_images(num_workers):
+    split, seen = Noise(11, bad=()), []
+    for rank in (0, 1):
+        data = make(world_size=2, rank=rank, num_workers=num_workers)
+        for batch in data.loader_of(split, 3):
+            assert torch.equal(batch.label, batch.index % 2)
+            assert all(
+                torch.equal(image, Evaluation(16, 0.875)(split.load(int(index))[0]))
+                for image, index in zip(batch.image, batch.index, strict=True)
+            )
+            seen += batch.index.tolist()
+    assert sorted(seen) == list(range(11))
+    (batch,) = make().loader_of(split, 8, [9, 2], eval_crop=1.0)
+    assert batch.index.tolist() == [9, 2]
+    assert torch.equal(batch.image[1], Evaluation(16, 1.0)(split.load(2)[0]))

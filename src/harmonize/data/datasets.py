@@ -21,7 +21,15 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from harmonize.data.cache import DecodedCache, MappedBytes, cache_folder, exclusive
-from harmonize.data.images import MAX_PIXELS, UnreadableImage, has_image, read_image, subfolders, walk_images
+from harmonize.data.images import (
+    MAX_PIXELS,
+    UnreadableImage,
+    existing_folder,
+    has_image,
+    read_image,
+    subfolders,
+    walk_images,
+)
 from harmonize.data.splits import LabelledImages
 from harmonize.types import ConfigError
 
@@ -146,7 +154,7 @@ class Folder:
         for key, value in {"max_pixels": max_pixels, "cache_size": cache_size, "image_size": image_size}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{key}={value} is not possible: a number of at least 1 is needed")
-        self.root = self._existing(root)
+        self.root = existing_folder(root, self._missing)
         self.val_fraction, self.num_train, self.num_val = val_fraction, num_train, num_val
         self.max_pixels = max_pixels
         self.cache_side = (cache_size or 2 * image_size) if cache else None
@@ -156,15 +164,6 @@ class Folder:
         except OSError as error:
             raise ConfigError(f"data.root={root} cannot be read: {error}") from error
         self.classes: list[str] | None = self._class_folders if len(self._class_folders) > 1 else None
-
-    def _existing(self, root: str | None) -> Path:
-        if root is None:
-            raise ConfigError(f"data.root=null is not possible: {self._missing}")
-        path = Path(root).expanduser()
-        if not path.is_dir():
-            what = "is not a folder" if path.exists() else "does not exist"
-            raise ConfigError(f"data.root={root} {what}: {self._missing}")
-        return path
 
     def _layout(self) -> tuple[Path, Path | None]:
         folders = subfolders(self.root)

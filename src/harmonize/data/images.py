@@ -9,11 +9,45 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from harmonize.types import ConfigError
+
 MAX_PIXELS = 100_000_000
 
 
 class UnreadableImage(OSError):  # noqa: N818 (named for what it is, like PIL's own UnidentifiedImageError)
     """An image that cannot be used; the message is the reason. Loaders name it in a warning and go on."""
+
+
+class WrongData(ConfigError):  # noqa: N818 (as UnreadableImage)
+    """Data that cannot be used, found while loading them.
+
+    The data loader raises a worker's exception again with the worker's traceback in front of the message; only the last
+    line, the sentence for the user, is kept.
+    """
+
+    def __init__(self, message: str):
+        kind = f"{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(message.splitlines()[-1].removeprefix(kind))
+
+
+def existing_folder(root: str | None, missing: str, key: str = "data.root") -> Path:
+    """The folder that a key of the configuration names.
+
+    Args:
+        root: Its path; ``~`` is the home folder.
+        missing: What the user should do if it is not there.
+        key: The key.
+
+    Raises:
+        ConfigError: It is not given, or there is no such folder.
+    """
+    if root is None:
+        raise ConfigError(f"{key}=null is not possible: {missing}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise ConfigError(f"{key}={root} {what}: {missing}")
+    return path
 
 
 def walk_images(root: Path, skip_links: bool = False) -> Iterator[str]:

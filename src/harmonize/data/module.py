@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harmonize.data.datasets import Dataset, Split, SplitName
+from harmonize.data.images import WrongData
 from harmonize.data.sampler import EpochBatchSampler, ShardedBatchSampler
 from harmonize.data.views import Evaluation
 from harmonize.functional.seeding import mix, mix_int
@@ -43,9 +45,14 @@ class DataModule:
         accumulate: Micro-batches per optimiser step.
         world_size: Number of ranks.
         rank: This rank.
+        eval_interpolation: Of the evaluation view, ``bicubic`` or ``bilinear``.
+        labelled: Train on the labelled images, which is ``probe_split`` where the data set has one.
+        train_indices: Positions of the images of the training split to train on; None: all. The others are not even
+            stand-ins for unreadable ones, so they can be held out.
 
     Raises:
-        ConfigError: The batch does not divide over ranks and micro-batches, or the training split is smaller than it.
+        ConfigError: The batch does not divide over ranks and micro-batches, the images to train on are fewer than it,
+            there are no labels although they are needed, or ``train_indices`` are not different positions of the split.
     """
 
     def __init__(
@@ -61,29 +68,28 @@ class DataModule:
         accumulate: int = 1,
         world_size: int = 1,
         rank: int = 0,
+        eval_interpolation: str = "bicubic",
+        labelled: bool = False,
+        train_indices: Sequence[int] | None = None,
     ):
         for view, recipe in required_views.items():
             if recipe not in recipes:
                 raise ConfigError(f"views.{recipe} is needed for the view {view!r}: views has {', '.join(recipes)}")
-        if batch_size < 1 or batch_size % (world_size * accumulate):
-            raise ConfigError(
-                f"data.batch_size={batch_size} is not possible: a multiple of {world_size * accumulate} is needed "
-                f"({world_size} devices x trainer.accumulate={accumulate})"
-            )
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers={num_workers} is not possible: 0 or more is needed")
+        check_num_workers(num_workers)
         self.dataset, self.batch_size, self.num_workers, self.seed = dataset, batch_size, num_workers, seed
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
-        self.micro_batch = batch_size // (world_size * accumulate)
+        self.micro_batch = micro_batch_size(batch_size, world_size, accumulate)
         self._recipes = {view: recipes[recipe] for view, recipe in required_views.items()}
-        self._clean = Evaluation(image_size, eval_crop)
+        self._clean_view = partial(Evaluation, image_size, interpolation=eval_interpolation)
+        self._clean = self._clean_view(eval_crop)
         self._sources: dict[tuple[str, SplitName], _Source] = {}
-        self.num_train = len(dataset.split("train"))
-        if self.num_train < batch_size:
-            raise ConfigError(
-                f"data.batch_size={batch_size} is too large: the training split has {self.num_train} images, and an "
-                "epoch needs at least one whole batch"
-            )
+        if labelled and dataset.classes is None:
+            raise ConfigError("data has no labels, or one class: training with labels needs two classes or more")
+        self._method = self._labelled_method if labelled else "split"
+        num_images = len(getattr(dataset, self._method)("train"))
+        self._positions = None if train_indices is None else _sorted_positions(train_indices, num_images)
+        self.num_train = num_images if self._positions is None else len(self._positions)
+        check_whole_batch(batch_size, self.num_train)
 
     @property
     def classes(self) -> list[str] | None:
@@ -101,8 +107,10 @@ class DataModule:
         Raises:
             UnreadableData: There is none.
         """
-        sources = [self._source("train"), *(self._probe_source(name) for name in ("train", "val") if probes)]
-        for source in sources:
+        train = self._source("train", self._method)
+        train.next_readable(0, train.split.load, self._positions)
+        for name in ("train", "val") if probes else ():
+            source = self._probe_source(name)
             source.next_readable(0, source.split.load)
 
     def train_loader(self, epoch: int = 0, start: int = 0) -> DataLoader:
@@ -112,11 +120,20 @@ class DataModule:
             epoch: The epoch to begin with.
             start: Micro-batches of that epoch to leave out. ``len`` remains that of a whole epoch.
         """
-        source = self._source("train")
+        source = self._source("train", self._method)
         sampler = EpochBatchSampler(
-            len(source.split), self.micro_batch, self.seed, self.rank, self.world_size, self.accumulate, epoch, start
+            self.num_train,
+            self.micro_batch,
+            self.seed,
+            self.rank,
+            self.world_size,
+            self.accumulate,
+            epoch,
+            start,
+            self._positions,
         )
-        return self._loader(_TrainingImages(source, self._recipes, self.seed), sampler, persistent=True)
+        images = _TrainingImages(source, self._recipes, self.seed, self._positions)
+        return make_loader(images, sampler, images.collate, self.num_workers, persistent=True)
 
     def spread(self, split: SplitName, num_images: int | None = None) -> list[int]:
         """Positions of evenly spaced images of ``train`` or ``val``, the same list in every epoch and run.
@@ -142,9 +159,32 @@ class DataModule:
             batch_size: Images at a time on each rank; None: as many as in training.
         """
         indices = self.spread(split, images) if images is None or isinstance(images, int) else images
+        return self._clean_loader(self._probe_source(split), self._clean, indices, batch_size)
+
+    def loader_of(
+        self,
+        split: Split,
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        eval_crop: float | None = None,
+    ) -> DataLoader:
+        """Clean views of any images, such as a robustness set, shared out over the ranks as in :meth:`feature_loader`.
+
+        Args:
+            split: The images.
+            batch_size: Images at a time on each rank; None: as many as in training.
+            indices: Positions of the images to look at; None: all.
+            eval_crop: Share of the resized side that the centre crop keeps, where it should differ from the usual one.
+        """
+        clean = self._clean if eval_crop is None else self._clean_view(eval_crop)
+        return self._clean_loader(_Source(split), clean, range(len(split)) if indices is None else indices, batch_size)
+
+    def _clean_loader(
+        self, source: _Source, clean: Evaluation, indices: Sequence[int], batch_size: int | None
+    ) -> DataLoader:
         sampler = ShardedBatchSampler(indices, batch_size or self.micro_batch, self.rank, self.world_size)
-        source = _EvaluationImages(self._probe_source(split), self._clean, self.seed)
-        return self._loader(source, sampler, persistent=False)
+        images = _EvaluationImages(source, clean, self.seed)
+        return make_loader(images, sampler, images.collate, self.num_workers, persistent=False)
 
     def by_class(self, split: SplitName, num_classes: int, per_class: int, num_read: int = 256) -> list[int]:
         """Positions of the first images of the first classes, among evenly spaced ones; fewer if there are no more."""
@@ -160,38 +200,89 @@ class DataModule:
         full = sorted(label for label in found if len(found[label]) >= per_class)[:num_classes]
         return sorted(index for label in full for index in found[label][:per_class])
 
-    def _probe_source(self, name: SplitName) -> _Source:
-        return self._source(name, "probe_split" if hasattr(self.dataset, "probe_split") else "split")
+    @property
+    def _labelled_method(self) -> str:
+        return "probe_split" if hasattr(self.dataset, "probe_split") else "split"
 
-    def _source(self, name: SplitName, method: str = "split") -> _Source:
+    def _probe_source(self, name: SplitName) -> _Source:
+        return self._source(name, self._labelled_method)
+
+    def _source(self, name: SplitName, method: str) -> _Source:
         """One for all loaders of a split, so that they know which images have been named."""
         if (method, name) not in self._sources:
             self._sources[method, name] = _Source(getattr(self.dataset, method)(name))
         return self._sources[method, name]
 
-    def _loader(self, images: _Images, sampler: torch.utils.data.Sampler, persistent: bool) -> DataLoader:
-        workers: dict[str, Any] = {}
-        if self.num_workers:
-            workers = {"num_workers": self.num_workers, "persistent_workers": persistent, "prefetch_factor": 2}
-        return DataLoader(
-            images,
-            batch_sampler=sampler,
-            collate_fn=images.collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else every new iterator would draw from torch's global generator
-            **workers,
+
+def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images per rank and micro-batch.
+
+    Raises:
+        ConfigError: The batch does not divide over ranks and micro-batches.
+    """
+    if batch_size < 1 or batch_size % (world_size * accumulate):
+        raise ConfigError(
+            f"data.batch_size={batch_size} is not possible: a multiple of {world_size * accumulate} is needed "
+            f"({world_size} devices x trainer.accumulate={accumulate})"
+        )
+    return batch_size // (world_size * accumulate)
+
+
+def check_num_workers(num_workers: int) -> None:
+    """Raise a sentence if the number of workers is negative."""
+    if num_workers < 0:
+        raise ConfigError(f"data.num_workers={num_workers} is not possible: 0 or more is needed")
+
+
+def check_whole_batch(batch_size: int, num_train: int) -> None:
+    """Raise a sentence if there are fewer training images than a batch needs."""
+    if num_train < batch_size:
+        raise ConfigError(
+            f"data.batch_size={batch_size} is too large: the training split has {num_train} images, and an "
+            "epoch needs at least one whole batch"
         )
 
 
-class UnreadableData(ConfigError):  # noqa: N818 (as UnreadableImage)
-    """No image can be read.
+def make_loader(
+    images: torch.utils.data.Dataset,
+    sampler: torch.utils.data.Sampler,
+    collate: Callable[[Any], Any],
+    num_workers: int,
+    persistent: bool,
+) -> DataLoader:
+    """A loader that draws no number from torch's global generator.
 
-    The data loader raises a worker's exception again with the worker's traceback in front of the message; only the last
-    line, the sentence for the user, is kept.
+    Args:
+        images: What the keys of the sampler are looked up in.
+        sampler: Yields the keys of a batch.
+        collate: Makes a batch of what was looked up.
+        num_workers: Worker processes; 0 loads in the main process.
+        persistent: Whether the workers outlive an epoch.
     """
+    workers: dict[str, Any] = {}
+    if num_workers:
+        workers = {"num_workers": num_workers, "persistent_workers": persistent, "prefetch_factor": 2}
+    return DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every new iterator would draw from torch's global generator
+        **workers,
+    )
 
-    def __init__(self, message: str):
-        super().__init__(message.splitlines()[-1].removeprefix(f"{__name__}.{type(self).__qualname__}: "))
+
+def _sorted_positions(indices: Sequence[int], num_images: int) -> Tensor:
+    positions = torch.tensor(sorted(indices), dtype=torch.int64)
+    if len(positions) == 0 or positions[0] < 0 or positions[-1] >= num_images or len(positions.unique()) < len(indices):
+        raise ConfigError(
+            f"train_indices is not possible: different positions from 0 to {num_images - 1} are needed, at least one"
+        )
+    return positions
+
+
+class UnreadableData(WrongData):
+    """No image can be read."""
 
 
 class _Source:
@@ -221,21 +312,27 @@ class _Source:
             raise
 
     def next_readable(
-        self, index: int, read: Callable[[int], tuple[Image.Image, int]] | None = None
+        self,
+        index: int,
+        read: Callable[[int], tuple[Image.Image, int]] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[int, Image.Image, int]:
         """Index, image and label of the first readable image from ``index`` on (after the last comes the first).
 
         Args:
             index: Where to begin.
             read: How to read; None: :meth:`read`.
+            positions: Sorted; the only images to choose from. None: all.
 
         Raises:
             UnreadableData: There is none, or too many in a row are unreadable.
         """
-        num = min(_MOST_UNREADABLE_IN_A_ROW, len(self.split))
+        among = len(self.split) if positions is None else len(positions)
+        first = index if positions is None else int(torch.searchsorted(positions, index))
+        num = min(_MOST_UNREADABLE_IN_A_ROW, among)
         reason = ""
-        for candidate in range(index, index + num):
-            candidate %= len(self.split)
+        for place in range(first, first + num):
+            candidate = place % among if positions is None else int(positions[place % among])
             try:
                 return candidate, *(read or self.read)(candidate)
             except OSError as error:
@@ -276,13 +373,13 @@ class _Images(torch.utils.data.Dataset):
 class _TrainingImages(_Images):
     """(epoch, index) -> the required views. The next readable image stands in for one that is not."""
 
-    def __init__(self, source: _Source, recipes: Mapping[str, Recipe], seed: int):
+    def __init__(self, source: _Source, recipes: Mapping[str, Recipe], seed: int, positions: Tensor | None):
         super().__init__(source, seed)
-        self.recipes = dict(recipes)
+        self.recipes, self.positions = dict(recipes), positions
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         epoch, index = key
-        used, image, label = self.source.next_readable(index)
+        used, image, label = self.source.next_readable(index, positions=self.positions)
         views = {}
         with torch.random.fork_rng(devices=[]):
             for name, recipe in self.recipes.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from harmonize.functional.seeding import mix_int
@@ -26,6 +27,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulate: Micro-batches per optimiser step.
         epoch: The epoch to begin with.
         start: Micro-batches of that first epoch to leave out (a run that resumes in mid-epoch has done them).
+        positions: (num_samples,) int64, where the samples are in their split; None: all of it, from 0 on.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulate: int = 1,
         epoch: int = 0,
         start: int = 0,
+        positions: Tensor | None = None,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.epoch = epoch
+        self.positions = positions
         self._resume = (epoch, start)
 
     @property
@@ -61,6 +65,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch = self.epoch
         generator = torch.Generator().manual_seed(mix_int(self.seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator)
+        if self.positions is not None:
+            order = self.positions[order]
         per_rank = self.batch_size * self.accumulate
         for batch in range(self._resume[1] if epoch == self._resume[0] else 0, len(self)):
             step, micro = divmod(batch, self.accumulate)

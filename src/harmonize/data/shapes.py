@@ -283,12 +283,20 @@ class ShapesSplit:
 
     def mask(self, index: int) -> Tensor:
         """The segmentation mask, (image_size, image_size) int64: 0 background or occluder, 1 + shape the object."""
-        return torch.from_numpy(self._render(index)[1] * np.int64(1 + self.factors(index)[0]))
+        return self._labelled(index, self._render(index)[1])
+
+    def load_with_mask(self, index: int) -> tuple[Image.Image, Tensor]:
+        """The RGB image and its segmentation mask (see :meth:`mask`), rendered once for both."""
+        image, visible = self._render(index)
+        return Image.fromarray(image), self._labelled(index, visible)
 
     def name(self, index: int) -> str:
         """What the image shows."""
         shape, texture = self.factors(index)
         return f"shapes/{self._name}/{index} ({SHAPES[shape]}, {TEXTURES[texture]})"
+
+    def _labelled(self, index: int, visible: NDArray[np.bool_]) -> Tensor:
+        return torch.from_numpy(visible * np.int64(1 + self.factors(index)[0]))
 
     def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         scene = draw(*self._key, index, clutter=self._clutter)

@@ -87,13 +87,13 @@ class MoCoV3:
     ):
         key = "views.moco_v3"
         for name, prob in {"jitter": jitter_prob, "gray": gray_prob, "flip": flip_prob}.items():
-            _check_probabilities(f"{key}.{name}_prob", [prob], num=1)
+            check_probabilities(f"{key}.{name}_prob", [prob], num=1)
         for name, probs in {"blur": blur_prob, "solarize": solarize_prob}.items():
-            _check_probabilities(f"{key}.{name}_prob", probs, num=2)
-        _check_range(f"{key}.blur_sigma", blur_sigma)
+            check_probabilities(f"{key}.{name}_prob", probs, num=2)
+        check_range(f"{key}.blur_sigma", blur_sigma)
         if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
             raise ConfigError(f"{key}.jitter={list(jitter)} is not possible: 4 numbers from 0 up, the last at most 0.5")
-        crop = _random_crop(key, image_size, crop_scale, crop_ratio, "bilinear")
+        crop = random_crop(key, image_size, crop_scale, crop_ratio, "bilinear")
         self.views = [
             v2.Compose(
                 [
@@ -135,8 +135,8 @@ class SimMIM:
         interpolation: str = "bilinear",
         flip_prob: float = 0.5,
     ):
-        _check_probabilities(f"{self._key}.flip_prob", [flip_prob], num=1)
-        crop = _random_crop(self._key, image_size, crop_scale, crop_ratio, interpolation)
+        check_probabilities(f"{self._key}.flip_prob", [flip_prob], num=1)
+        crop = random_crop(self._key, image_size, crop_scale, crop_ratio, interpolation)
         self.view = v2.Compose([crop, v2.RandomHorizontalFlip(flip_prob), to_tensor])
 
     def __call__(self, image: Image.Image) -> tuple[Tensor]:
@@ -161,20 +161,22 @@ class MAE(SimMIM):
 
 
 class Evaluation:
-    """The clean view: the shorter side resized (bicubic), the centre cropped.
+    """The clean view: the shorter side resized, the centre cropped.
 
     Args:
         image_size: Side of the view, or (height, width), in px.
         eval_crop: Share of the resized shorter side that the crop keeps; 0.875 is the usual 224 of 256.
+        interpolation: ``bicubic``, or ``bilinear`` as in MoCo v3's linear evaluation.
     """
 
     _MAX_ASPECT = 16  # a 1 x 30,000 px image would otherwise be resized to gigabytes before the crop
 
-    def __init__(self, image_size: int | tuple[int, int], eval_crop: float):
+    def __init__(self, image_size: int | tuple[int, int], eval_crop: float, interpolation: str = "bicubic"):
+        mode = interpolation_mode("data.eval_interpolation", interpolation)
         if not 0 < eval_crop <= 1:
             raise ConfigError(f"data.eval_crop={eval_crop} is not possible: a number above 0 and at most 1 is needed")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.resize = v2.Resize(int(max(height, width) / eval_crop + 1e-6), v2.InterpolationMode.BICUBIC)
+        self.resize = v2.Resize(int(max(height, width) / eval_crop + 1e-6), mode)
         self.crop = v2.CenterCrop((height, width))
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -185,23 +187,33 @@ class Evaluation:
         return to_tensor(self.crop(self.resize(image)))
 
 
-def _random_crop(
-    key: str, image_size: int, scale: Sequence[float], ratio: Sequence[float], interpolation: str
+def random_crop(
+    key: str, image_size: int | tuple[int, int], scale: Sequence[float], ratio: Sequence[float], interpolation: str
 ) -> v2.RandomResizedCrop:
-    _check_range(f"{key}.crop_scale", scale, highest=1)
-    _check_range(f"{key}.crop_ratio", ratio)
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ConfigError(f"{key}.interpolation={interpolation} is not known: bilinear or bicubic is needed")
-    return v2.RandomResizedCrop(image_size, tuple(scale), tuple(ratio), v2.InterpolationMode(interpolation))
+    """Torchvision's random resized crop, after a check of its parameters; ``key`` names them in an error."""
+    check_range(f"{key}.crop_scale", scale, highest=1)
+    check_range(f"{key}.crop_ratio", ratio)
+    return v2.RandomResizedCrop(
+        image_size, tuple(scale), tuple(ratio), interpolation_mode(f"{key}.interpolation", interpolation)
+    )
 
 
-def _check_range(key: str, value: Sequence[float], highest: float = float("inf")) -> None:
+def interpolation_mode(key: str, name: str) -> v2.InterpolationMode:
+    """``bilinear`` or ``bicubic`` as torchvision's mode; ``key`` names it in an error."""
+    if name not in ("bilinear", "bicubic"):
+        raise ConfigError(f"{key}={name} is not known: bilinear or bicubic is needed")
+    return v2.InterpolationMode(name)
+
+
+def check_range(key: str, value: Sequence[float], highest: float = float("inf")) -> None:
+    """Raise a sentence naming ``key`` unless ``value`` is (lowest, highest), both above 0."""
     if len(value) != 2 or not 0 < value[0] <= value[1] <= highest:
         limit = "" if highest == float("inf") else f" and at most {highest}"
         raise ConfigError(f"{key}={list(value)} is not possible: [lowest, highest] above 0{limit} is needed")
 
 
-def _check_probabilities(key: str, values: Sequence[float], num: int) -> None:
+def check_probabilities(key: str, values: Sequence[float], num: int) -> None:
+    """Raise a sentence naming ``key`` unless ``values`` are ``num`` probabilities."""
     if len(values) != num or not all(0 <= prob <= 1 for prob in values):
         needed = "a probability is" if num == 1 else f"{num} probabilities, one for each view, are"
         raise ConfigError(f"{key}={', '.join(map(str, values))} is not possible: {needed} needed")
