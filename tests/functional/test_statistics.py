@@ -1,4 +1,4 @@
-"""Second derivations of standard errors: numpy, the closed form for means, repeated sampling."""
+"""Second derivations of standard errors and intervals: numpy, the closed form for means, repeated sampling."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmonize.functional.statistics import jackknife, mean_and_error
+from harmonize.functional.statistics import bootstrap_interval, classification_error, jackknife, mean_and_error
 
 
 def randn(*shape, seed=0):
@@ -87,3 +87,70 @@ def test_the_jackknife_error_is_the_spread_of_a_statistic_that_is_no_mean(num):
     x = randn(num, 2000)  # 2000 times
     value, error = jackknife(lambda i: x[i].var(dim=0).log(), num)
     assert error.square().mean().sqrt().item() == pytest.approx(value.std().item(), rel=0.12)
+
+
+def test_accuracy_and_its_error():
+    correct = torch.arange(400) % 5 == 0
+    assert classification_error(correct) == pytest.approx((0.2, math.sqrt(0.2 * 0.8 / 400)))
+    assert classification_error(torch.ones(3, dtype=torch.bool)) == (1.0, 0.0)
+    assert all(math.isnan(x) for x in classification_error(torch.ones(0, dtype=torch.bool)))
+
+
+def miou(sums):
+    """Of sums (R, 2, C) over images of intersections and unions."""
+    return (sums[:, 0] / sums[:, 1]).mean(1)
+
+
+def segmentations(num=40, num_classes=3):
+    union = randn(num, num_classes).abs() + 1
+    return torch.stack([union * randn(num, num_classes, seed=1).sigmoid(), union], 1)
+
+
+def test_bootstrap_is_a_loop_over_resampled_images():
+    rows = segmentations()
+    low, high = bootstrap_interval(miou, rows, level=0.9, num=250, seed=3)  # more than fit into one product
+    generator = torch.Generator().manual_seed(3)
+    values = []
+    for _ in range(250):
+        drawn = torch.randint(40, (40,), generator=generator).tolist()
+        intersection, union = sum(rows[i] for i in drawn)
+        values.append((intersection / union).mean().item())
+    assert (low.item(), high.item()) == pytest.approx(tuple(np.quantile(values, [0.05, 0.95])), rel=1e-12)
+
+
+def test_bootstrap_depends_on_its_seed_alone():
+    rows = segmentations()
+    torch.manual_seed(0)
+    first = bootstrap_interval(miou, rows, seed=1)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert bootstrap_interval(miou, rows.float().double(), seed=1)[0].item() == pytest.approx(first[0].item(), rel=1e-6)
+    assert bootstrap_interval(miou, rows, seed=1) == first
+    assert bootstrap_interval(miou, rows, seed=2) != first
+    assert torch.get_rng_state().equal(state)
+
+
+def test_bootstrap_of_a_mean_agrees_with_its_standard_error():
+    x = randn(400, 3)
+    low, high = bootstrap_interval(lambda sums: sums / len(x), x)
+    mean, error = mean_and_error(x)
+    torch.testing.assert_close((high - low) / 2, 1.96 * error, rtol=0.1, atol=0)
+    torch.testing.assert_close((high + low) / 2, mean, rtol=0, atol=0.02)
+
+
+def test_bootstrap_covers_a_ratio():
+    """A shape bias of 0.3 among decided images, some undecided: the interval holds it in about 95 % of samples."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for seed in range(200):
+        decided = torch.rand(300, generator=generator) < 0.6
+        shape = decided & (torch.rand(300, generator=generator) < 0.3)
+        rows = torch.stack([shape, decided], 1)
+        low, high = bootstrap_interval(lambda sums: sums[:, 0] / sums[:, 1], rows, num=200, seed=seed)
+        covered += bool(low <= 0.3 <= high)
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_a_bootstrap_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        bootstrap_interval(miou, torch.zeros(0, 2, 3))

@@ -52,9 +52,9 @@ def assert_equal_gradient(actual, expected, what: str) -> None:
     """Equal at fp32 rounding, where an element also carries the rounding of the large numbers that cancelled in it.
 
     The official fp32 gradients themselves differ from an fp64 run of the same step by up to 1.4e-5 of the tensor's
-    largest element, so for elements near zero no implementation can be closer than that.
+    largest element; ours, in an order of summation that depends on the processor, may lie as far on the other side.
     """
-    atol = 1e-6 + 1e-5 * expected.abs().max().item()
+    atol = 1e-6 + 2.8e-5 * expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol, msg=lambda m: f"{what}: {m}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +32,17 @@ def gather(x: Tensor) -> Tensor:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, through which the gradient passes (its backward sums the ranks' gradients)."""
     return x if world_size() == 1 else _differentiable_all_reduce(x)
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors, all of one type, by their means over ranks, with one message; no gradient passes."""
+    if world_size() > 1:
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        with torch.no_grad():
+            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
 
 def gather_rows(rows: Tensor) -> Tensor:

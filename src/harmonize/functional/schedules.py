@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 
 
 def cosine(fraction: float, start: float, end: float) -> float:
@@ -24,6 +25,60 @@ def momentum(fraction: float, base: float) -> float:
     (0.99, 1.0)
     """
     return cosine(fraction, base, 1.0)
+
+
+def learning_rate(
+    fraction: float,
+    peak: float,
+    *,
+    warmup: float = 0.0,
+    warmup_lr: float = 0.0,
+    decay: str = "cosine",
+    min_lr: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    power: float = 1.0,
+) -> float:
+    """Learning rate of an optimiser step.
+
+    Linear warm-up, then half a cosine or a polynomial from the peak to the minimum, or steps, or nothing. Everything is
+    a share, so that a run of another length keeps its shape.
+
+    Args:
+        fraction: Share of the run that is done before the step.
+        peak: Learning rate at the end of the warm-up.
+        warmup: Length of the warm-up, as a share of all steps.
+        warmup_lr: Where the warm-up starts, as a share of the peak.
+        decay: ``cosine``, ``polynomial``, ``multistep`` or ``constant``.
+        min_lr: Where cosine and polynomial end, as a share of the peak.
+        milestones: Of ``multistep``, as shares of all steps.
+        gamma: Factor at each milestone.
+        power: Of ``polynomial``; 1: a straight line.
+
+    Raises:
+        ValueError: ``decay`` is something else.
+
+    Source:
+        MoCo v3 ``main_moco.py`` and MAE ``util/lr_sched.py`` (cosine), SimMIM ``lr_scheduler.py`` (multistep),
+        mmsegmentation ``PolyLR`` (polynomial, which there runs from the first step on, warm-up included).
+
+    >>> learning_rate(0.1, 1.0, warmup=0.2)
+    0.5
+    >>> round(learning_rate(0.6, 1.0, warmup=0.2), 6)
+    0.5
+    """
+    if fraction < warmup:
+        return peak * (warmup_lr + (1 - warmup_lr) * fraction / warmup)
+    if decay == "constant":
+        return peak
+    if decay == "multistep":
+        return peak * gamma ** bisect_right(sorted(milestones), fraction)
+    done = (fraction - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if decay == "cosine":
+        return peak * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    if decay == "polynomial":
+        return peak * (min_lr + (1 - min_lr) * (1 - done) ** power)
+    raise ValueError(f"decay={decay} must be cosine, polynomial, multistep or constant.")
 
 
 def weight_schedule(value: float | Mapping[str, float | str]) -> Callable[[float], float]:
