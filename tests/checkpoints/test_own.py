@@ -64,13 +64,13 @@ def test_nothing_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "hello\n" * 100, "PK\x03\x04 torn"])
 def test_another_kind_of_file(tmp_path, text):
     (tmp_path / "a.ckpt").write_text(text)
-    assert "cannot be read as a checkpoint of harmonize (" in sentence(tmp_path / "a.ckpt")
+    assert "is an empty file" if not text else "is damaged or no file of torch.save" in sentence(tmp_path / "a.ckpt")
 
 
 def test_a_torn_checkpoint(run_folder):
     path = run_folder / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:2000])
-    assert "cannot be read" in sentence(path)
+    assert "is damaged or no file of torch.save" in sentence(path)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_torn_checkpoint(run_folder):
 )
 def test_no_encoder_of_harmonize(tmp_path, wrong):
     torch.save(wrong, tmp_path / "a.ckpt")
-    assert "holds no encoder of harmonize" in sentence(tmp_path / "a.ckpt")
+    assert ("holds no encoder of harmonize" if isinstance(wrong, dict) else "by name") in sentence(tmp_path / "a.ckpt")
 
 
 class Bomb:
@@ -109,7 +109,7 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
         torch.save(content(extra=Bomb(harm)), path)
     else:
         path.write_bytes(pickle.dumps(content(extra=Bomb(harm))))
-    assert "cannot be read" in sentence(path)
+    assert "it is refused" in sentence(path) or "is damaged" in sentence(path)
     assert not harm.exists()
     pickle.loads(pickle.dumps(Bomb(harm))).close()  # it would have
     assert harm.exists()

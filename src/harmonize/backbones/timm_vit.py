@@ -65,6 +65,8 @@ class ViTEncoder(VisionTransformer):
         drop_path: Stochastic-depth rate of the last block, rising linearly from 0 at the first.
         class_token: Whether there is a class token.
         num_registers: Number of register tokens.
+        final_norm: Whether the tokens are normalised after the last block (not in networks fine-tuned as MAE, BEiT and
+            SimMIM do it, which normalise the pooled patch tokens instead).
         freeze_patch_embed: Keep the patch embedding at its random initialisation (MoCo v3's ``stop_grad_conv1``).
         initialization: ``timm``, ``moco_v3``, ``simmim`` or ``mae``.
     """
@@ -82,6 +84,7 @@ class ViTEncoder(VisionTransformer):
         drop_path: float = 0.0,
         class_token: bool = True,
         num_registers: int = 0,
+        final_norm: bool = True,
         freeze_patch_embed: bool = False,
         initialization: str = "moco_v3",
     ) -> None:
@@ -104,6 +107,7 @@ class ViTEncoder(VisionTransformer):
             class_token=class_token,
             pos_embed="none" if positions == "none" else "learn",
             reg_tokens=num_registers,
+            final_norm=final_norm,
             drop_path_rate=drop_path,
         )
         self.spec = EncoderSpec(

@@ -1,17 +1,19 @@
-"""The encoder in a checkpoint of harmonize's own."""
+"""Checkpoints of harmonize's own: those of training, and networks that an evaluation has fine-tuned."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from harmonize.checkpoints.keys import KeyRow, row
+from harmonize.checkpoints.reading import CheckpointFile, read_file
 from harmonize.types import ConfigError
 
-PREFIX = "encoder."
+ENCODER, HEAD = "encoder.", "head."
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,39 @@ class OwnCheckpoint:
         config: The run's resolved configuration.
         weights: Of the encoder, by its own names.
         step: Optimiser steps finished.
+        head: Tensors of a classifier, by its own names; empty where there is none.
+        head_facts: What else it takes to build that classifier.
+        keys: What has become of every tensor of the file and of every entry beside them.
     """
 
     path: Path
     config: dict[str, Any]
     weights: dict[str, Tensor]
     step: int
+    head: dict[str, Tensor]
+    head_facts: dict[str, Any]
+    keys: list[KeyRow]
+
+
+def find_file(name: str) -> str:
+    """The file that a name means: itself, ``checkpoints/last.ckpt`` of a run folder, or what an export has written.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise ConfigError(
+            f"checkpoint={name}: there is no such file or run folder; models of timm are written timm:NAME."
+        )
+    if not folder.is_dir():
+        return name
+    last, exported = folder / "checkpoints" / "last.ckpt", sorted(folder.glob("*.safetensors"))
+    if last.is_file():
+        return str(last)
+    if len(exported) == 1:
+        return str(exported[0])
+    raise ConfigError(f"checkpoint={name}: {last} does not exist, and there is no single safetensors file either.")
 
 
 def read_checkpoint(name: str) -> OwnCheckpoint:
@@ -37,23 +66,37 @@ def read_checkpoint(name: str) -> OwnCheckpoint:
     Raises:
         ConfigError: There is none, it cannot be read, or it holds no encoder of harmonize.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        where = f"{path} does not exist" if str(path) != name else "there is no such file or run folder"
-        raise ConfigError(f"checkpoint={name}: {where}; models of timm are written timm:NAME.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file raises one of many errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint={name} cannot be read as a checkpoint of harmonize ({reason}).") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    entries = state.items() if isinstance(state, dict) else ()
-    weights = {str(k).removeprefix(PREFIX): v for k, v in entries if str(k).startswith(PREFIX)}
-    if not weights or not isinstance(content.get("config"), dict) or "backbone" not in content["config"]:
+    return interpret(replace(read_file(find_file(name)), name=name))
+
+
+def interpret(file: CheckpointFile) -> OwnCheckpoint:
+    """:func:`read_checkpoint` of a file that has been read.
+
+    Raises:
+        ConfigError: It holds no encoder of harmonize.
+    """
+    content = file.content
+    state, config = content.get("state_dict"), content.get("config")
+    tensors = {str(k): v for k, v in state.items()} if isinstance(state, Mapping) else {}
+    weights, head = (
+        {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        for prefix in (ENCODER, HEAD)
+    )
+    if not weights or not isinstance(config, Mapping) or "backbone" not in config:
         raise ConfigError(
-            f"checkpoint={name} holds no encoder of harmonize (no tensors named {PREFIX}* with a configuration beside "
-            "them); other projects' files cannot be read yet."
+            f"checkpoint={file.name} holds no encoder of harmonize (no tensors named {ENCODER}* with a configuration "
+            "beside them)."
         )
-    return OwnCheckpoint(path, content["config"], weights, int(content.get("global_step", 0)))
+    rows = [_row(key, tensor) for key, tensor in tensors.items()]
+    rows += [row(entry, (), "dropped", "no weights of the encoder") for entry in content if entry != "state_dict"]
+    step, facts = int(content.get("global_step", 0)), dict(content.get("head") or {})
+    return OwnCheckpoint(file.path, dict(config), weights, step, head if facts else {}, facts, rows)
+
+
+def _row(key: str, tensor: Tensor) -> KeyRow:
+    outcome, detail = "dropped", "of the pre-training objective, not of the encoder"
+    if key.startswith(ENCODER):
+        outcome, detail = "mapped", key.removeprefix(ENCODER)
+    elif key.startswith(HEAD):
+        outcome, detail = "mapped", f"classifier, {key.removeprefix(HEAD)}"
+    return KeyRow("state_dict", key, tuple(tensor.shape), outcome, detail)
