@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmonize import config
-from harmonize.cli import main
+from harmonize.cli import COMMANDS, _with_key, main
 from harmonize.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def test_a_mistake_gets_its_sentence_and_leaves_nothing(arguments, words, runs, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["checkpoint must be given: a run folder or checkpoint file of harmonize, timm:NAME, or a list [A,B]"]),
+        ([], ["checkpoint must be given: a run folder, a checkpoint file, timm:NAME, or a list [A,B]"]),
         (["checkpoint=[]"], ["checkpoint must be given", "[]"]),
         (["checkpoint=[A,3]"], ["checkpoint must be given", "[A, 3]"]),
         (["checkpoint={A: B}"], ["checkpoint must be given", "{A: B}"]),
@@ -195,8 +195,7 @@ def test_help_needs_nothing_heavy():
     code = "import sys; from harmonize.cli import main; main([]); print({'torch', 'hydra'} & set(sys.modules))"
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[-1] == "set()"
-    assert {"train", "analyze", "evaluate"} <= {line.split()[0] for line in lines if line.strip()}
-    assert [line.split()[0] for line in lines if "later version" in line] == ["evaluate"]
+    assert set(COMMANDS) <= {line.split()[0] for line in lines if line.strip()}
     assert any("harmonize train loss=hybrid loss.lambda=0.2" in line for line in lines)
 
 
@@ -208,8 +207,26 @@ def test_commands(capsys):
     assert "did you mean: harmonize train loss=mim" in capsys.readouterr().err
     assert main(["analyse"]) == 2
     assert "did you mean: harmonize analyze" in capsys.readouterr().err
-    assert main(["evaluate", "checkpoint=x"]) == 2
-    assert "later version; this one has: harmonize train and harmonize analyze." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("vit-b.pth.tar", "checkpoint='vit-b.pth.tar'"),
+        ("a folder/it's.pth", "checkpoint='a folder/it\\'s.pth'"),
+        ("branch=momentum", "branch=momentum"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_a_path_needs_no_key_for_inspect(argument, expected):
+    assert _with_key(argument, COMMANDS["inspect"]) == expected
+    assert _with_key(argument, COMMANDS["train"]) == argument
+
+
+def test_a_file_whose_name_has_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.pth").touch()
+    assert _with_key("lr=1.pth", COMMANDS["inspect"]) == "checkpoint='lr=1.pth'"
 
 
 def test_help_of_train_lists_groups_keys_and_examples(capsys, runs):

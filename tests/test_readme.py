@@ -104,7 +104,7 @@ def check_harmonize(arguments: list[str], images: Path) -> None:
     command, *rest = arguments
     assert command in COMMANDS
     for job in overrides_of(rest, images):
-        if command == "analyze" and {"--help", "--cfg"} & set(rest):
+        if command in ("analyze", "evaluate") and {"--help", "--cfg"} & set(rest):
             job = ["checkpoint=any", *job]
         check_config(compose(job, command), machine=False, command=command)
 

@@ -1,4 +1,4 @@
-"""The command line: ``harmonize train | evaluate | analyze``.
+"""The command line: ``harmonize train | evaluate | analyze | inspect | export``.
 
 Hydra runs the jobs (it brings sweeps and launchers), but only after they have been composed and checked here (of a
 large sweep: jobs in which every value occurs), so that a mistake costs seconds, gets one sentence, and leaves nothing
@@ -34,8 +34,10 @@ usage: harmonize <command> [key=value ...]
 
 commands
   train      pre-train a Vision Transformer
-  evaluate   measure a checkpoint               (arrives with a later version)
+  evaluate   k-NN, linear probes, fine-tuning, segmentation, shape bias, robustness of a checkpoint
   analyze    look inside one checkpoint, or compare several
+  inspect    say what a checkpoint file holds, key by key
+  export     write a checkpoint for timm, Hugging Face, ONNX or as safetensors
 
 examples
   harmonize train loss=hybrid loss.lambda=0.2       the hybrid on drawn shapes, which need no download
@@ -44,6 +46,8 @@ examples
   harmonize train --help                            groups, keys and more examples
   harmonize train loss=mim --cfg job                print the configuration, run nothing
   harmonize analyze checkpoint=timm:vit_small_patch16_224
+  harmonize evaluate checkpoint=outputs/hybrid-shapes-vit_tiny-1a2b3c4d eval=knn
+  harmonize inspect vit-b-300ep.pth.tar
 """
 
 TRAIN_HELP = """\
@@ -88,12 +92,15 @@ groups: choose a file with group=name (* is chosen)
 {groups}
 
 keys: set any value with key=value
-  checkpoint             a run folder or checkpoint file of harmonize, timm:NAME, or a list [A,B]
+  checkpoint             a run folder or checkpoint file, ours or another project's, timm:NAME, or a list [A,B]
   names                  what to call them, as in names=[CL,MIM]
   num_images             how many images are looked at; also batch_size, and image_size in px (null: the network's own)
   data.root              where the images are; like every key of data after data=NAME. Without a choice of data:
                          those that the (first) checkpoint was trained on, else shapes
   diagnostics.NAME       one diagnostic; null leaves it out, and diagnostics=none all
+  branch                 of files with two networks: base, momentum, student or teacher
+  num_heads              attention heads, for files that do not say how many
+  resize                 how positions are resampled for another image size: mae, timm or dino
   untrained              false: without the untrained network
   tsne                   false: without the t-SNE maps
   accelerator            auto, cpu or gpu
@@ -106,6 +113,67 @@ examples
   harmonize analyze checkpoint=[A,B] names=[CL,MIM] num_images=256
   harmonize analyze checkpoint=A diagnostics.cka=null
   harmonize analyze -m checkpoint=A,B
+"""
+
+EVALUATE_HELP = """\
+Evaluate a checkpoint, ours or another project's, or several side by side: one protocol, a row for every number.
+
+usage: harmonize evaluate checkpoint=... [eval=NAME] [key=value ...] [-m] [--cfg job]   (or: python evaluate.py ...)
+
+groups: choose a file with group=name (* is chosen)
+{groups}
+
+keys: set any value with key=value
+  checkpoint             a run folder or checkpoint file, timm:NAME, or a list [A,B]
+  names                  what to call them, as in names=[CL,MIM]
+  eval.KEY               a hyper-parameter of the protocol: harmonize evaluate eval=NAME --cfg job lists them
+  data.root              where the images are; like every key of data after data=NAME. Without a choice of data:
+                         those that the (first) checkpoint was trained on, else shapes
+  num_train, num_val     at most so many labelled images to fit on, to score on
+  branch, num_heads      for files with two networks, and for files that do not say how many attention heads
+  image_size, resize     another image size in px, and how positions are resampled for it
+  batch_size             images at a time through the frozen encoder
+  devices, accelerator   how many processes share the work; auto, cpu or gpu
+  run.dir, run.root      the folder for the results, or where such folders and the cache of features lie
+  seed                   everything random is a function of it
+
+examples
+  harmonize evaluate checkpoint=outputs/hybrid-shapes-vit_tiny-1a2b3c4d eval=linear_probe
+  harmonize evaluate checkpoint=vit-b-300ep.pth.tar eval=linear_probe_moco_v3 data=imagenet data.root=/data/imagenet
+  harmonize evaluate checkpoint=[A,B] names=[CL,MIM] eval=layer_probe
+  harmonize evaluate -m checkpoint=A eval=knn,linear_probe_grid,frequency_noise
+"""
+
+INSPECT_HELP = """\
+Say what a checkpoint file holds: whose it is, the architecture, and what becomes of every key. Runs no code in it.
+
+usage: harmonize inspect PATH [key=value ...]
+
+keys
+  branch                 of files with two networks: auto, base, momentum, student or teacher
+  num_heads              attention heads, where the file does not say
+
+examples
+  harmonize inspect vit-b-300ep.pth.tar
+  harmonize inspect vit-b-300ep.pth.tar branch=momentum
+"""
+
+EXPORT_HELP = """\
+Write the encoder of a checkpoint for other software; its features are compared before anything is kept.
+
+usage: harmonize export checkpoint=... format=timm|hf|safetensors|onnx [key=value ...]
+
+keys
+  checkpoint             a run folder or checkpoint file, ours or another project's
+  format                 timm or hf (a folder that timm and its hub read), safetensors (one file), onnx
+  name                   of the model; null: that of the run folder or file
+  licence                of the weights, for the model card
+  branch, num_heads, image_size, resize   as for harmonize evaluate
+  run.dir, run.root      the folder to write, or where such folders lie
+
+examples
+  harmonize export checkpoint=outputs/hybrid-shapes-vit_tiny-1a2b3c4d format=timm
+  harmonize export checkpoint=vit-b-300ep.pth.tar format=onnx
 """
 
 OPTIONS_HELP = """
@@ -127,12 +195,14 @@ class Command:
         help: The text of ``--help``, with ``{groups}`` where the groups are listed.
         work: What it does with a checked configuration; imports what it needs.
         interrupted: What the user can count on after Ctrl-C.
+        argument: The key that an argument without a key is the value of; None: there is none.
     """
 
     name: str
     help: str
     work: Callable[[DictConfig], None]
     interrupted: str
+    argument: str | None = None
 
 
 def _train(cfg: DictConfig) -> None:
@@ -147,14 +217,34 @@ def _analyze(cfg: DictConfig) -> None:
     analyze(cfg)
 
 
+def _evaluate(cfg: DictConfig) -> None:
+    from harmonize.assessment import evaluate
+
+    evaluate(cfg)
+
+
+def _inspect(cfg: DictConfig) -> None:
+    from harmonize.inspection import inspect
+
+    inspect(cfg)
+
+
+def _export(cfg: DictConfig) -> None:
+    from harmonize.exporting import export
+
+    export(cfg)
+
+
 COMMANDS = {
     command.name: command
     for command in (
         Command("train", TRAIN_HELP, _train, "the same command resumes from the last checkpoint"),
         Command("analyze", ANALYZE_HELP, _analyze, "the same command starts again"),
+        Command("evaluate", EVALUATE_HELP, _evaluate, "the same command goes on where it stopped"),
+        Command("inspect", INSPECT_HELP, _inspect, "nothing is written", argument="checkpoint"),
+        Command("export", EXPORT_HELP, _export, "nothing is kept"),
     )
 }
-LATER = ("evaluate",)
 
 # Above this number not every job of a sweep is composed beforehand, but jobs in which every value occurs.
 MAX_CHECKED = 24
@@ -203,14 +293,25 @@ def run(arguments: list[str]) -> int:
     if name in ("-sc", "--shell-completion"):  # what a shell types behind the user's back, whatever the command is
         typed = os.environ.get("COMP_LINE", "").split()[1:2]
         return start(COMMANDS[typed[0] if typed and typed[0] in COMMANDS else "train"], arguments)
-    if name in LATER:
-        have = " and ".join(f"harmonize {command}" for command in COMMANDS)
-        raise ConfigError(f"harmonize {name} arrives with a later version; this one has: {have}.")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, [*COMMANDS, *LATER], 1)
+        near = difflib.get_close_matches(name, [*COMMANDS], 1)
         hint = f"harmonize {near[0]}" if near else f"harmonize train {name}" if "=" in name else "harmonize --help"
         raise ConfigError(f"Unknown command {name}; did you mean: {hint}")
-    return start(COMMANDS[name], rest)
+    command = COMMANDS[name]
+    return start(command, [_with_key(argument, command) for argument in rest])
+
+
+def _with_key(argument: str, command: Command) -> str:
+    """An argument as ``key=value``, where the command has a key for arguments without one.
+
+    >>> _with_key("a b.pth", COMMANDS["inspect"]), _with_key("seed=1", COMMANDS["inspect"])
+    ("checkpoint='a b.pth'", 'seed=1')
+    """
+    is_setting = argument.startswith("-") or re.match(r"[+~]*[\w.@/]+=", argument)
+    if command.argument is None or (is_setting and not os.path.exists(argument)):
+        return argument
+    quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{command.argument}='{quoted}'"
 
 
 def start(command: Command, arguments: list[str]) -> int:

@@ -52,7 +52,7 @@ def compose(overrides: Sequence[str] = (), command: str = "train") -> DictConfig
 
     Args:
         overrides: As on the command line, for example ``["loss=hybrid", "loss.lambda=0.2"]``.
-        command: ``train`` or ``analyze``.
+        command: ``train``, ``analyze``, ``evaluate``, ``inspect`` or ``export``.
 
     Raises:
         ConfigError: An override names a group, a choice or a key that does not exist, or cannot be read.
@@ -75,8 +75,8 @@ def composer(command: str = "train") -> Iterator[Composer]:
 def finish(config: DictConfig, hydra: Any = None) -> DictConfig:
     """Replace Hydra's own node by what only it knows.
 
-    That is null for every section that may be left out and is, and for training the readable part of the run folder's
-    name, ``run.name``.
+    That is null for every section that may be left out and is, and ``run.name``: for training the readable part of the
+    run folder's name, for an evaluation its protocol.
 
     Args:
         config: The composed configuration; changed in place.
@@ -88,8 +88,9 @@ def finish(config: DictConfig, hydra: Any = None) -> DictConfig:
         config.pop("hydra", None)
         for section in OPTIONAL[command]:
             config.setdefault(section, None)
-        if command == "train" and config.get("run") is not None:
-            config.run.name = "-".join(Path(str(chosen[group])).name for group in ("loss", "data", "backbone"))
+        groups = {"train": ("loss", "data", "backbone"), "evaluate": ("eval",)}.get(command, ())
+        if groups and config.get("run") is not None:
+            config.run.name = "-".join(Path(str(chosen[group])).name for group in groups)
     return config
 
 
@@ -400,7 +401,9 @@ def _misused(node: Any, path: str = "") -> Iterator[str]:
 def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
     """More devices than there are."""
     trains = "trainer" in plain
-    wanted, key = (get(plain, "trainer.devices"), "trainer.accelerator") if trains else (1, "accelerator")
+    prefix = "trainer." if trains else ""
+    key, devices = f"{prefix}accelerator", f"{prefix}devices"
+    wanted = get(plain, devices) if trains or "devices" in plain else 1
     accelerator = get(plain, key)
     if not is_number(wanted, whole=True) or (wanted <= 1 and accelerator != "gpu"):
         return
@@ -413,9 +416,9 @@ def _missing_devices(plain: Mapping[str, Any]) -> Iterator[str]:
     if accelerator == "gpu" and not num_gpus:
         yield f"{key} must be cpu or auto, not gpu: there is no GPU here."
     elif num_gpus and wanted > num_gpus:
-        yield f"trainer.devices must be at most {num_gpus}, the number of GPUs here, not {wanted}."
+        yield f"{devices} must be at most {num_gpus}, the number of GPUs here, not {wanted}."
     elif not num_gpus and wanted > num_cores:
-        yield f"trainer.devices must be at most {num_cores}, the number of CPU cores here, not {wanted}."
+        yield f"{devices} must be at most {num_cores}, the number of CPU cores here, not {wanted}."
 
 
 def _missing_data(config: DictConfig) -> Iterator[str]:

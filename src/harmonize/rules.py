@@ -17,8 +17,17 @@ Config = Mapping[str, Any]
 SECTIONS = {
     "train": ("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger"),
     "analyze": ("run",),
+    "evaluate": ("run", "eval"),
+    "inspect": (),
+    "export": ("run",),
 }
-OPTIONAL = {"train": ("diagnostics",), "analyze": ("data", "diagnostics")}
+OPTIONAL = {
+    "train": ("diagnostics",),
+    "analyze": ("data", "diagnostics"),
+    "evaluate": ("data",),
+    "inspect": (),
+    "export": (),
+}
 
 
 def show(value: Any) -> str:
@@ -105,6 +114,12 @@ def list_of(rule: Rule, length: int | None = None) -> Rule:
     return Rule(passes, f"a list of {length or 'values'}, each {rule.allowed}")
 
 
+def some(rule: Rule) -> Rule:
+    """A list of at least one member, which all pass."""
+    members = list_of(rule)
+    return Rule(lambda v: v != [] and members.passes(v), f"a list of one value or more, each {rule.allowed}")
+
+
 def is_weight(value: Any) -> bool:
     """A weight in [0, 1] or a schedule: ``{schedule: linear | cosine | step, start, end}``, for step also ``at``."""
     if not isinstance(value, Mapping):
@@ -133,6 +148,7 @@ TEXT = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 PATH = Rule(lambda v: isinstance(v, str) and v != "", "a path")
 SECTION = Rule(lambda v: isinstance(v, Mapping), "a section with keys")
 ACCELERATOR = one_of("auto", "cpu", "gpu")
+LAYER = Rule(lambda v: is_number(v, whole=True) and v != 0, "a whole number from 1, or from -1 (the last block) down")
 POOL = one_of("cls", "patch_mean", "cls_patch_mean")
 RECIPES = ("moco_v3", "simmim", "mae")
 LOSSES = ("loss", "loss.contrastive", "loss.mim")  # alone, or as a part of the hybrid
@@ -141,8 +157,17 @@ VALUES: dict[str, Rule] = {
     "seed": whole(0),
     "checkpoint": Rule(
         lambda v: TEXT.passes(v) or (v != [] and list_of(TEXT).passes(v)),
-        "given: a run folder or checkpoint file of harmonize, timm:NAME, or a list [A,B]",
+        "given: a run folder, a checkpoint file, timm:NAME, or a list [A,B]",
     ),
+    "branch": one_of("auto", "base", "momentum", "student", "teacher"),
+    "resize": one_of("mae", "timm", "dino"),
+    "devices": whole(1),
+    "num_train": whole(1) | NULL,
+    "num_val": whole(1) | NULL,
+    "num_heads": whole(1) | NULL,
+    "format": one_of("timm", "hf", "safetensors", "onnx"),
+    "name": TEXT | NULL,
+    "licence": TEXT | NULL,
     "names": NULL | list_of(TEXT),
     "num_images": whole(4),
     "batch_size": whole(1),
@@ -270,6 +295,39 @@ VALUES: dict[str, Rule] = {
     "callbacks.probe.k": whole(1),
     "callbacks.probe.temperature": POSITIVE,
     "callbacks.gradient_norms.every_n_steps": whole(1),
+    "eval.feature": SECTION,
+    "eval.feature.layer": LAYER,
+    "eval.feature.pool": POOL,
+    "eval.feature.norm": BOOL,
+    "eval.features": some(Rule(lambda v: isinstance(v, list) and v != [], "a list of {layer, pool, norm}")),
+    "eval.k": whole(1) | some(whole(1)),
+    "eval.temperature": POSITIVE | some(POSITIVE),
+    "eval.memory": whole(1),
+    "eval.l2": NOT_NEGATIVE,
+    "eval.pool": POOL,
+    "eval.norm": BOOL,
+    "eval.lrs": some(POSITIVE),
+    "eval.lr": POSITIVE,
+    "eval.lr_batch": whole(1) | NULL,
+    "eval.epochs": whole(1),
+    "eval.batch_size": whole(1),
+    "eval.optimizer": one_of("sgd", "lars"),
+    "eval.momentum": number("[0, 1)"),
+    "eval.weight_decay": NOT_NEGATIVE,
+    "eval.batch_norm": BOOL,
+    "eval.warmup_epochs": NOT_NEGATIVE,
+    "eval.schedule": one_of("iteration", "epoch"),
+    "eval.augment": SECTION | NULL,
+    "eval.eval_interpolation": one_of("bicubic", "bilinear"),
+    "eval.holdout": number("(0, 0.5]"),
+    "eval.init_std": NOT_NEGATIVE,
+    "eval.root": PATH | NULL,
+    "eval.head": one_of("auto", "checkpoint", "probe") | SECTION,
+    "eval.modes": some(one_of("faithful", "matched")),
+    "eval.epsilon": POSITIVE,
+    "eval.rms": POSITIVE,
+    "eval.bandwidth": POSITIVE,
+    "eval.num_frequencies": whole(2),
     "diagnostics.num_images": whole(4),
     "diagnostics.every_n_epochs": whole(1),
     "diagnostics.batch_size": whole(1),
@@ -453,6 +511,17 @@ def layer_exists(layer: int, depth: int) -> str | None:
     return None
 
 
+def one_value(key: str) -> Callable[[str, Any], str | None]:
+    """The probes of every block take one number where k-NN takes a list."""
+
+    def check(target: str, value: Any) -> str | None:
+        if target.endswith(".LayerProbe") and isinstance(value, list):
+            return f"{key} must be one number with eval=layer_probe, not {show(value)}"
+        return None
+
+    return check
+
+
 def one_name_each(checkpoint: Any, names: list[str] | None) -> str | None:
     """Every checkpoint has its name, or none has."""
     num = len(checkpoint) if isinstance(checkpoint, list) else 1
@@ -492,6 +561,8 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (("trainer.max_epochs", "trainer.max_steps"), some_length),
     (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
     (("checkpoint", "names"), one_name_each),
+    (("eval._target_", "eval.k"), one_value("eval.k")),
+    (("eval._target_", "eval.temperature"), one_value("eval.temperature")),
 ]
 
 

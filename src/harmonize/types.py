@@ -233,6 +233,35 @@ class Findings:
         self.pictures |= other.pictures
 
 
+@dataclass(frozen=True)
+class Result:
+    """One number that an evaluation protocol found: a row of ``results.json``.
+
+    Attributes:
+        metric: Its name, for example ``top1``.
+        value: The number; shares and accuracies are in [0, 1].
+        num_images: Images that it was measured on.
+        error: Standard error over these images; None where there is only an interval.
+        interval: 95 % interval; None where there is only a standard error.
+        feature: The feature that was read, as :class:`FeatureSpec` prints it, or what was fine-tuned.
+        series: What tells it from other rows with the same metric, for example ``k=20`` or a corruption's name.
+        axis: What ``at`` counts (``block``, ``frequency``, ``severity``); empty for a single number.
+        at: Where on that axis.
+        note: What a reader must know beyond the configuration, for example how a head was chosen.
+    """
+
+    metric: str
+    value: float
+    num_images: int
+    error: float | None = None
+    interval: tuple[float, float] | None = None
+    feature: str = ""
+    series: str = ""
+    axis: str = ""
+    at: float | None = None
+    note: str = ""
+
+
 @dataclass
 class Batch:
     """One batch, already on the device.
@@ -312,7 +341,7 @@ class FeatureSpec:
     """The one name of a feature, used identically for fitting and for scoring.
 
     Attributes:
-        layer: Block whose output is read, 1 ... depth; -1 is the last block.
+        layer: Block whose output is read, 1 ... depth, or -1 (the last block) ... -depth.
         pool: ``cls`` (class token), ``patch_mean`` (mean over patch tokens) or ``cls_patch_mean`` (both, concatenated).
         norm: Whether the encoder's final norm is applied before pooling.
     """

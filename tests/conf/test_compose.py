@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ COMMANDS = {
         for group in (line if isinstance(line, dict) else ())
         if not group.startswith("override ")
     ]
-    for command in ("train", "analyze")
+    for command in ("train", "analyze", "evaluate")
 }
 CHOICES = [(c, f"{group}={name}") for c, groups in COMMANDS.items() for group in groups for name in GROUPS[group]]
 LOSSES = GROUPS["loss"]
@@ -33,8 +34,8 @@ NEEDS = {"data=imagenet100": ["data.class_list=classes.txt"]}
 
 @pytest.fixture(scope="module")
 def composers():
-    with config.composer("train") as train, config.composer("analyze") as analyze:
-        yield {"train": train, "analyze": analyze}
+    with ExitStack() as stack:
+        yield {command: stack.enter_context(config.composer(command)) for command in COMMANDS}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_every_group_belongs_to_a_command():
 
 @pytest.mark.parametrize(("command", "choice"), CHOICES)
 def test_every_file_composes_and_passes(composers, command, choice):
-    given = ["checkpoint=any"] if command == "analyze" else []
+    given = ["checkpoint=any"] if command != "train" else []
     check(composers[command], [*given, choice, *NEEDS.get(choice, [])], command)
 
 

@@ -11,6 +11,7 @@ from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.layer_probe import LayerProbe
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
 from harmonize.types import ConfigError, FeatureSpec
+from tests.evaluation.benches import make_bench
 from tests.helpers import random_batch, tiny_encoder
 
 
@@ -112,3 +113,22 @@ def test_no_label_at_all_is_a_sentence():
     none = replace(planted(20, 2, 1, True), label=torch.full((20,), -1))
     with pytest.raises(ConfigError, match=r"data\.root .* val images"):
         LayerProbe().score([planted(20, 1, 1, True)], [none], 2)
+
+
+@pytest.mark.parametrize(("pool", "norm"), [("patch_mean", True), ("cls", False)])
+def test_as_an_evaluation_it_gives_the_curves_as_rows(tmp_path, pool, norm):
+    bench = make_bench(tmp_path)
+    protocol = LayerProbe(pool=pool, norm=norm, num_images=None, k=3, l2=0.1)
+    data, specs = bench.make_data(), protocol.specs(bench.spec)
+    sides = [extract(bench.encoder, data.feature_loader(s, None, 8), specs, "cpu") for s in ("train", "val")]
+    curves = protocol.score(*sides, 3).curves
+    rows = protocol.run(bench)
+    assert [(row.series, row.axis, row.at) for row in rows] == [
+        (series, "block", layer) for series in ("linear", "knn") for layer in (1, 2)
+    ]
+    for series in ("linear", "knn"):
+        curve = curves[f"layer_probe_{series}"]
+        found = [(row.value, row.error) for row in rows if row.series == series]
+        assert found == list(zip(curve.value, curve.error, strict=True))
+    assert {(row.metric, row.num_images) for row in rows} == {("top1", 30)}
+    assert f"pool={pool} norm={'final' if norm else 'none'}" in rows[0].feature

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from harmonize.functional.schedules import learning_rate
 from harmonize.training.loggers import read_rows
-from harmonize.training.optim import learning_rate
 from harmonize.types import Batch, NonFiniteLossError, ObjectiveOutput, Progress
 from tests.helpers import random_batch, tiny_encoder
 from tests.training.conftest import OPTIMIZER, make_batches, make_module
@@ -86,7 +86,7 @@ def test_random_numbers_depend_on_step_micro_batch_and_seed_alone(fit):
 def test_the_learning_rate_is_a_function_of_the_step(fit, tmp_path):
     fit(make_module(total_steps=7, steps_per_epoch=4), make_batches(4))
     logged = {row["step"]: row["train/lr"] for row in read_rows(tmp_path / "metrics.jsonl") if "train/lr" in row}
-    assert logged == {s + 1: learning_rate(Progress(s, 7), OPTIMIZER["lr"], warmup=0.25) for s in range(7)}
+    assert logged == {s + 1: learning_rate(s / 7, OPTIMIZER["lr"], warmup=0.25) for s in range(7)}
 
 
 @pytest.mark.parametrize("objective", ["mim", "hybrid"])

@@ -7,9 +7,10 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,20 @@ class Features:
         return Features(self.x[keep], self.label[keep], self.index[keep], self.spec)
 
 
+def read_specs(
+    nodes: Sequence[Mapping[str, Any]], encoder: EncoderSpec, key: str = "eval.feature"
+) -> list[FeatureSpec]:
+    """The features that configuration nodes with ``layer``, ``pool`` and ``norm`` mean for this encoder.
+
+    Raises:
+        ConfigError: A node has another key, or see :func:`resolve`.
+    """
+    try:
+        return [resolve(FeatureSpec(**node), encoder) for node in nodes]
+    except TypeError as error:
+        raise ConfigError(f"{key} has the keys layer, pool and norm, not {[dict(node) for node in nodes]}.") from error
+
+
 def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:
     """The feature that ``spec`` means for this encoder: layer counted from 1, pooling that the encoder offers.
 
@@ -56,9 +71,11 @@ def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:
     >>> resolve(FeatureSpec(), encoder)
     FeatureSpec(layer=4, pool='patch_mean', norm=True)
     """
-    layer = encoder.depth if spec.layer == -1 else spec.layer
-    if not 1 <= layer <= encoder.depth:
-        raise ConfigError(f"feature.layer={spec.layer} must be -1 (last) or a block in 1 ... {encoder.depth}.")
+    layer = spec.layer if spec.layer > 0 else encoder.depth + 1 + spec.layer
+    if spec.layer == 0 or not 1 <= layer <= encoder.depth:
+        raise ConfigError(
+            f"feature.layer={spec.layer} must be a block in 1 ... {encoder.depth}, or -1 (last) ... -{encoder.depth}."
+        )
     if spec.pool not in POOLS:
         raise ConfigError(f"feature.pool={spec.pool} must be one of {', '.join(POOLS)}.")
     pool = spec.pool
@@ -90,6 +107,16 @@ def labelled(train: Features, val: Features) -> tuple[Features, Features]:
     return sides[0], sides[1]
 
 
+def feature_width(spec: FeatureSpec, encoder: EncoderSpec) -> int:
+    """F, the length of a feature of this encoder.
+
+    >>> encoder = EncoderSpec(8, 4, 2, (32, 32), 8, (4, 4), num_prefix_tokens=1, has_class_token=True)
+    >>> feature_width(FeatureSpec(), encoder)
+    16
+    """
+    return encoder.width * (2 if resolve(spec, encoder).pool == "cls_patch_mean" else 1)
+
+
 @torch.no_grad()
 def pooled_features(encoder: nn.Module, images: Tensor, specs: Sequence[FeatureSpec]) -> list[Tensor]:
     """Features (B, F) fp32 of images (B, 3, h, w), one per spec, from one pass in eval mode without autocast.
@@ -110,12 +137,12 @@ def pooled_features(encoder: nn.Module, images: Tensor, specs: Sequence[FeatureS
                 normed = encoder.final_norm(tokens) if norm else tokens  # type: ignore[operator]
                 for spec in specs:
                     if (spec.layer, spec.norm) == (layer, norm):
-                        features[spec] = _pool(normed, spec.pool, shape.num_prefix_tokens).float()
+                        features[spec] = pool_tokens(normed, spec.pool, shape.num_prefix_tokens).float()
     return [features[spec] for spec in specs]
 
 
-def _pool(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
-    """Tokens (B, P + N, D) -> (B, F)."""
+def pool_tokens(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
+    """Tokens (B, P + N, D) -> (B, F), by one of :data:`POOLS`."""
     parts = []
     if pool != "patch_mean":
         parts.append(tokens[:, 0])
@@ -150,7 +177,7 @@ class FeatureCollector:
             device = next(self.encoder.parameters()).device
             shape: EncoderSpec = self.encoder.spec  # type: ignore[assignment]
             none = torch.zeros(0, dtype=torch.int64, device=device)
-            widths = [shape.width * (2 if spec.pool == "cls_patch_mean" else 1) for spec in self.specs]
+            widths = [feature_width(spec, shape) for spec in self.specs]
             columns = [none, none, *(torch.zeros(0, width, device=device) for width in widths)]
         label, index, *features = (gather_rows(column) for column in columns)
         keep = unique_rows(index)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harmonize.evaluation.base import Bench, EvaluationProtocol
 from harmonize.evaluation.features import Features
 from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
-from harmonize.types import Curve, EncoderSpec, FeatureSpec, Findings, Quantity
+from harmonize.types import Curve, EncoderSpec, FeatureSpec, Findings, Quantity, Result
 
 LINEAR = (
     "Linear probe of every block",
@@ -24,13 +25,13 @@ SOURCE = "arXiv:2305.00729, Figure 10 (there SGD for 50 epochs; pooling unknown)
 
 
 @dataclass(frozen=True)
-class LayerProbe:
-    """Probes every block.
+class LayerProbe(EvaluationProtocol):
+    """Probes every block: a diagnostic of training and of ``analyze``, and an evaluation.
 
     Attributes:
         pool: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
         norm: Whether features go through the encoder's final norm before pooling.
-        num_images: At most so many images to fit on and to score, evenly spaced.
+        num_images: At most so many images to fit on and to score, evenly spaced; None: all that are given.
         every_n_epochs: During training, at every n-th epoch only.
         k: Neighbours that vote.
         temperature: Of their votes.
@@ -39,7 +40,7 @@ class LayerProbe:
 
     pool: str = "patch_mean"
     norm: bool = True
-    num_images: int = 1024
+    num_images: int | None = 1024
     every_n_epochs: int = 1
     k: int = 20
     temperature: float = 0.07
@@ -48,6 +49,21 @@ class LayerProbe:
     def specs(self, encoder: EncoderSpec) -> list[FeatureSpec]:
         """The feature of each block."""
         return [FeatureSpec(layer, self.pool, self.norm) for layer in range(1, encoder.depth + 1)]
+
+    def run(self, bench: Bench) -> list[Result]:
+        """Rows ``top1`` over blocks, of the linear probe and of k-NN.
+
+        Raises:
+            ConfigError: The data have no labels, or the encoder has no class token to pool.
+        """
+        num_classes, specs = len(bench.classes), self.specs(bench.spec)
+        found = self.score(bench.features("train", specs), bench.features("val", specs), num_classes)
+        feature = f"every block, pool={self.pool} norm={'final' if self.norm else 'none'} view=clean mode=eval"
+        return [
+            Result("top1", value, found.num_images, error, None, feature, series, "block", layer)
+            for series, curve in ((name.removeprefix("layer_probe_"), curve) for name, curve in found.curves.items())
+            for layer, value, error in zip(curve.layer, curve.value, curve.error, strict=True)
+        ]
 
     def score(self, train: Sequence[Features], val: Sequence[Features], num_classes: int) -> Findings:
         """Curves ``layer_probe_linear`` and ``layer_probe_knn``.
@@ -60,7 +76,8 @@ class LayerProbe:
         Raises:
             ConfigError: Train or val has no image with a label.
         """
-        train, val = ([features.spread(self.num_images) for features in side] for side in (train, val))
+        if (num := self.num_images) is not None:
+            train, val = ([features.spread(num) for features in side] for side in (train, val))
         accuracies: dict[str, list[float]] = {"linear": [], "knn": []}
         for fitted, scored in zip(train, val, strict=True):
             accuracies["linear"].append(linear_probe_accuracy(fitted, scored, num_classes, self.l2))
@@ -69,6 +86,7 @@ class LayerProbe:
         num_scored = int((val[0].label >= 0).sum())
         feature = f" ({train[0].spec.pool}, {'final norm' if self.norm else 'no norm'}, clean view)."
         return Findings(
+            num_images=num_scored,
             curves={
                 f"layer_probe_{name}": Curve(
                     Quantity(title, "", definition + feature, SOURCE, "Figure 10"),
@@ -77,5 +95,5 @@ class LayerProbe:
                     [math.sqrt(p * (1 - p) / num_scored) for p in accuracies[name]],
                 )
                 for name, (title, definition) in (("linear", LINEAR), ("knn", KNN))
-            }
+            },
         )

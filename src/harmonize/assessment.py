@@ -1,0 +1,244 @@
+"""``harmonize evaluate``: one protocol on one checkpoint or several, and a row for every number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from harmonize import __version__
+from harmonize.config import instantiate, to_plain
+from harmonize.evaluation.base import Bench, T, frozen, state_hash
+from harmonize.functional.distributed import rank
+from harmonize.networks import (
+    Loaded,
+    choose_device,
+    data_module,
+    data_section,
+    default_folder,
+    load_network,
+    short_names,
+)
+from harmonize.reports.evaluation import write_results
+from harmonize.reports.published import published
+from harmonize.types import ConfigError, Result
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Evaluate what a configuration names, and write the results.
+
+    Args:
+        cfg: A configuration that ``check_config`` has passed.
+
+    Raises:
+        ConfigError: A checkpoint cannot be read, or network, data and protocol do not suit each other.
+    """
+    if cfg.devices > 1 and "RANK" not in os.environ:
+        _start_ranks(cfg)
+        return
+    with _process_group(cfg):
+        _evaluate(cfg)
+
+
+def _evaluate(cfg: DictConfig) -> None:
+    console = Console(soft_wrap=True, highlight=False, quiet=rank() != 0)
+    device = choose_device(str(cfg.accelerator))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    checkpoints = [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else list(cfg.checkpoint)
+    names = list(cfg.names) if cfg.names else short_names(checkpoints)
+    networks = [load_network(c, n, cfg) for c, n in zip(checkpoints, names, strict=True)]
+    folder = Path(cfg.run.dir).expanduser() if cfg.run.dir else default_folder(cfg, [str(cfg.run.name), *names])
+    for loaded in networks:
+        for warning in loaded.warnings:
+            console.print(f"Warning: {warning}")
+    rows: list[dict[str, Any]] = []
+    for loaded in networks:
+        section = data_section(cfg, networks, loaded)
+        bench = _bench(cfg, section, loaded, folder, device, console)
+        console.print(f"{loaded.name}: {cfg.run.name} on {loaded.details['data']} ...")
+        with frozen(bench.encoder):
+            results = instantiate(cfg.eval).run(bench)
+        rows += [_row(result, cfg, section, loaded) for result in results]
+    if rank() == 0:
+        paths = write_results(folder, rows, str(cfg.run.name))
+        (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        _print_table(rows, console)
+        console.print(f"Results: {', '.join(path.name for path in paths)} in {folder}")
+
+
+def _bench(
+    cfg: DictConfig, section: DictConfig, loaded: Loaded, folder: Path, device: torch.device, console: Console
+) -> Bench:
+    dataset = instantiate(section.dataset)
+    encoder = loaded.encoder.to(device)
+    # Networks may differ in the number of heads alone, which no weight tells.
+    network = [state_hash(encoder.state_dict()), str(loaded.spec)]
+
+    def make_data(**options: Any) -> Any:
+        options = {"world_size": _world_size(), "rank": rank()} | options
+        return data_module(section, dataset, loaded.spec.image_size, cfg.seed, **options)
+
+    def progress(items: Iterable[T], what: str) -> Iterable[T]:
+        return track(items, f"  {what}", console=console, transient=True, disable=not console.is_terminal)
+
+    return Bench(
+        encoder=encoder,
+        make_data=make_data,
+        dataset=dataset,
+        device=device,
+        seed=cfg.seed,
+        folder=folder / "state" / _hash([loaded.name, network, _settings(cfg, section), cfg.seed]),
+        cache=Path(cfg.run.root).expanduser() / "features" / _hash([network, _images(section)]),
+        batch_size=cfg.batch_size,
+        num_train=cfg.num_train,
+        num_val=cfg.num_val,
+        head=None if loaded.head is None else loaded.head.to(device),
+        track=progress,
+        say=console.print,
+    )
+
+
+def _images(section: DictConfig) -> dict[str, Any]:
+    """What clean images depend on."""
+    plain = to_plain(section)
+    return {key: plain[key] for key in ("dataset", "image_size", "eval_crop")}
+
+
+def _settings(cfg: DictConfig, section: DictConfig) -> str:
+    """Digest of the protocol's settings and of the images."""
+    return _hash([to_plain(cfg.eval), _images(section), cfg.num_train, cfg.num_val])
+
+
+def _row(result: Result, cfg: DictConfig, section: DictConfig, loaded: Loaded) -> dict[str, Any]:
+    beside = published(str(cfg.run.name), loaded.objective, loaded.spec, result.at, result.series)
+    low, high = result.interval or (None, None)
+    return {
+        "protocol": str(cfg.run.name),
+        "network": loaded.name,
+        "metric": result.metric,
+        "series": result.series,
+        "axis": result.axis,
+        "at": result.at,
+        "value": result.value,
+        "standard_error": result.error,
+        "low": low,
+        "high": high,
+        "num_images": result.num_images,
+        "feature": result.feature,
+        "data": loaded.details["data"],
+        "seed": cfg.seed,
+        "checkpoint": loaded.checkpoint,
+        "fingerprint": loaded.fingerprint,
+        "settings": _settings(cfg, section),
+        "note": result.note,
+        "published": beside.value if beside and result.metric == "top1" else None,
+        "published_source": beside.source if beside and result.metric == "top1" else "",
+        "harmonize": __version__,
+    }
+
+
+def _print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """A line for each number, and for each curve one with its two ends."""
+    table = Table(title="percent ± one standard error, or (95 % interval)", title_justify="left")
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    table.add_column("")
+    for network in networks:
+        table.add_column(network, justify="right")
+    beside = any(row["published"] is not None and not row["axis"] for row in rows)
+    if beside:
+        table.add_column("published, of another network", justify="right")
+    for metric, series in dict.fromkeys((row["metric"], row["series"]) for row in rows):
+        of_line = [row for row in rows if (row["metric"], row["series"]) == (metric, series)]
+        ends = [[row for row in of_line if row["network"] == network] for network in networks]
+        first = of_line[0]
+        axis = f"{first['axis']} {first['at']:.4g} ... {of_line[-1]['at']:.4g}" if first["axis"] else ""
+        cells = ["" if not own else _percent(own[0]) for own in ends]
+        if axis:
+            cells = [
+                "" if not own else " ... ".join(f"{100 * r['value']:.1f}" for r in (own[0], own[-1])) for own in ends
+            ]
+        if beside:
+            cells.append("" if first["published"] is None or axis else f"{100 * first['published']:.1f}")
+        table.add_row(", ".join(filter(None, [metric, series, axis])), *cells)
+    console.print(table)
+    for note in dict.fromkeys(f"{row['network']}: {row['note']}" for row in rows if row["note"]):
+        console.print(note)
+
+
+def _percent(row: dict[str, Any]) -> str:
+    if row["low"] is not None:
+        return f"{100 * row['value']:.1f} ({100 * row['low']:.1f} ... {100 * row['high']:.1f})"
+    error = row["standard_error"]
+    return f"{100 * row['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _start_ranks(cfg: DictConfig) -> None:
+    """One process per device on this machine; a launcher such as torchrun may start them instead."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    mistakes = context.SimpleQueue()
+    arguments = (OmegaConf.to_yaml(cfg), port, sys.argv, mistakes)
+    try:
+        mp.spawn(_rank_main, arguments, nprocs=cfg.devices)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException):
+        if mistakes.empty():
+            raise
+        raise ConfigError(mistakes.get()) from None
+
+
+def _rank_main(number: int, config: str, port: int, argv: list[str], mistakes: Any) -> None:
+    cfg = OmegaConf.create(config)
+    assert isinstance(cfg, DictConfig)
+    sys.argv = argv
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(cfg.devices)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        evaluate(cfg)
+    except ConfigError as error:
+        mistakes.put(str(error))
+        sys.exit(2)
+
+
+@contextmanager
+def _process_group(cfg: DictConfig) -> Iterator[None]:
+    """The group of the processes that a launcher has started, where there are several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = choose_device(str(cfg.accelerator)).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
