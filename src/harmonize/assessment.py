@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from harmonize import __version__
+from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.config import instantiate, to_plain
 from harmonize.evaluation.base import Bench, T, frozen, state_hash
+from harmonize.evaluation.classifier import Head
 from harmonize.functional.distributed import rank
 from harmonize.networks import (
     Loaded,
@@ -32,7 +36,9 @@ from harmonize.networks import (
     data_section,
     default_folder,
     load_network,
+    save_fine_tuned,
     short_names,
+    slug,
 )
 from harmonize.reports.evaluation import write_results
 from harmonize.reports.published import published
@@ -56,6 +62,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _evaluate(cfg: DictConfig) -> None:
+    protocol = instantiate(cfg.eval)  # first, as it refuses impossible hyper-parameters at once
     console = Console(soft_wrap=True, highlight=False, quiet=rank() != 0)
     device = choose_device(str(cfg.accelerator))
     if device.type == "cuda":
@@ -73,7 +80,7 @@ def _evaluate(cfg: DictConfig) -> None:
         bench = _bench(cfg, section, loaded, folder, device, console)
         console.print(f"{loaded.name}: {cfg.run.name} on {loaded.details['data']} ...")
         with frozen(bench.encoder):
-            results = instantiate(cfg.eval).run(bench)
+            results = protocol.run(bench)
         rows += [_row(result, cfg, section, loaded) for result in results]
     if rank() == 0:
         paths = write_results(folder, rows, str(cfg.run.name))
@@ -97,6 +104,12 @@ def _bench(
     def progress(items: Iterable[T], what: str) -> Iterable[T]:
         return track(items, f"  {what}", console=console, transient=True, disable=not console.is_terminal)
 
+    def keep(trained: nn.Module, head: nn.Module) -> None:
+        assert isinstance(head, Head)
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_fine_tuned(folder / f"{slug(loaded.name)}-fine_tuned.ckpt", trained, head, loaded, section)
+
     return Bench(
         encoder=encoder,
         make_data=make_data,
@@ -109,6 +122,8 @@ def _bench(
         num_train=cfg.num_train,
         num_val=cfg.num_val,
         head=None if loaded.head is None else loaded.head.to(device),
+        trainable=partial(trainable_copy, encoder),
+        keep=keep,
         track=progress,
         say=console.print,
     )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from harmonize.checkpoints.official import build, interpret, kind_of
 from harmonize.checkpoints.own import OwnCheckpoint, find_file
 from harmonize.checkpoints.reading import CheckpointFile, read_file
 from harmonize.checkpoints.resizing import resize_state
-from harmonize.checkpoints.single_file import load_exported, read_exported
+from harmonize.checkpoints.single_file import architecture_of, load_exported, read_exported
 from harmonize.config import composer, instantiate, locate, to_plain
 from harmonize.data.module import DataModule
 from harmonize.evaluation.base import state_hash
@@ -156,6 +156,7 @@ def _load_own(file: CheckpointFile, name: str, cfg: DictConfig, with_untrained: 
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"checkpoint={file.name} does not fit its own configuration: {reason}") from error
+    what = content.head_facts["origin"] if content.head else f"step {content.step}"
     return Loaded(
         name,
         file.name,
@@ -163,8 +164,8 @@ def _load_own(file: CheckpointFile, name: str, cfg: DictConfig, with_untrained: 
         untrained=build(size) if with_untrained else None,
         architecture=json.dumps([node, size, seed], sort_keys=True),
         family="harmonize",
-        note=f"a checkpoint of harmonize, after {content.step} steps",
-        details={"checkpoint": f"{file.name} (step {content.step})"},
+        note="a checkpoint of harmonize" + (f", with a classifier: {what}" if content.head else f", after {what}"),
+        details={"checkpoint": f"{file.name} ({what})"},
         data=content.config.get("data"),
         objective=_objective(content.config.get("loss") or {}),
         head=_own_head(encoder.spec, content) if content.head else None,  # type: ignore[arg-type]
@@ -181,6 +182,35 @@ def _own_head(spec: EncoderSpec, content: OwnCheckpoint) -> Head:
     head.load_state_dict(content.head)
     head.origin, head.classes = facts["origin"], facts["classes"]
     return head
+
+
+def save_fine_tuned(path: Path, encoder: nn.Module, head: Head, loaded: Loaded, section: DictConfig) -> None:
+    """Write a network that an evaluation has fine-tuned, with its classifier, as a checkpoint like any other.
+
+    Args:
+        path: The file.
+        encoder: Trained.
+        head: Trained with it.
+        loaded: The network that fine-tuning began with.
+        section: The ``data`` section of fine-tuning.
+    """
+    if isinstance(encoder, ViTEncoder):
+        backbone: dict[str, Any] = {"_target_": "harmonize.backbones.timm_vit.ViTEncoder"} | architecture_of(encoder)
+        height, width = encoder.spec.image_size
+        backbone["image_size"] = height if height == width else [height, width]
+    else:
+        name = loaded.checkpoint.removeprefix(TIMM).partition(".")[0]
+        size = loaded.spec.image_size[0]
+        backbone = {"_target_": "harmonize.backbones.timm_models.TimmEncoder", "name": name}
+        backbone |= {"pretrained": False, "image_size": size}
+    facts = {
+        "features": [asdict(feature) for feature in head.features],
+        "norm": isinstance(head.norm, nn.LayerNorm),
+        "classes": head.classes,
+        "origin": head.origin,
+    }
+    config = (loaded.config or {}) | {"backbone": backbone, "data": to_plain(section)}
+    own.save(path, encoder, head, facts, config)
 
 
 def _load_exported(file: CheckpointFile, name: str, cfg: DictConfig, with_untrained: bool) -> Loaded:
@@ -300,6 +330,15 @@ def data_module(
     return DataModule(dataset, recipes, views, image_size, batch_size, seed=seed, **settings)
 
 
+def slug(text: str) -> str:
+    """A text as part of a file's name.
+
+    >>> slug("a run: 1")
+    'a-run-1'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+
+
 def short_names(checkpoints: list[str]) -> list[str]:
     """Names for figures: the part of the paths that tells them apart.
 
@@ -317,7 +356,7 @@ def default_folder(cfg: DictConfig, names: list[str]) -> Path:
     """A pure function of the configuration: the same command writes the same folder."""
     plain = {key: value for key, value in to_plain(cfg).items() if key not in ("run", "hydra")}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.run.root).expanduser() / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', '-'.join(names))[:80]}-{digest}"
+    return Path(cfg.run.root).expanduser() / f"{slug('-'.join(names))[:80]}-{digest}"
 
 
 def choose_device(accelerator: str) -> torch.device:

@@ -73,6 +73,9 @@ def to_timm(encoder: ViTEncoder, head: TimmHead | None = None) -> TimmModel:
         raise _impossible(
             f"with relative positions whose classifier reads {pool} {'before' if own_norm else 'after'} the final norm"
         )
+    final_norm = not isinstance(encoder.norm, nn.Identity)
+    if relative and not final_norm and not own_norm:
+        raise _impossible("with relative positions and without any norm after the last block")
     weights = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     args: dict[str, Any] = {
         "img_size": list(spec.image_size),
@@ -88,6 +91,7 @@ def to_timm(encoder: ViTEncoder, head: TimmHead | None = None) -> TimmModel:
         architecture = _NAMES.get(spec.width, "vit_base_patch16_224")
         args |= {"class_token": cls, "reg_tokens": spec.num_prefix_tokens - cls}
         args |= {"pos_embed": "learn" if absolute else "none", "fc_norm": own_norm}
+        args |= {} if final_norm or own_norm else {"final_norm": False}
     elif cls:
         architecture = "beit_base_patch16_224"
         weights = _beit_weights(weights)

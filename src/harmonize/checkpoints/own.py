@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from harmonize.checkpoints.keys import KeyRow, row
 from harmonize.checkpoints.reading import CheckpointFile, read_file
+from harmonize.files import write_whole
 from harmonize.types import ConfigError
 
 ENCODER, HEAD = "encoder.", "head."
@@ -91,6 +94,30 @@ def interpret(file: CheckpointFile) -> OwnCheckpoint:
     rows += [row(entry, (), "dropped", "no weights of the encoder") for entry in content if entry != "state_dict"]
     step, facts = int(content.get("global_step", 0)), dict(content.get("head") or {})
     return OwnCheckpoint(file.path, dict(config), weights, step, head if facts else {}, facts, rows)
+
+
+def save(
+    path: Path,
+    encoder: nn.Module,
+    head: nn.Module,
+    head_facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    """Write a fine-tuned encoder and its classifier as a checkpoint that :func:`interpret` reads.
+
+    Args:
+        path: Written whole or not at all.
+        encoder: Its tensors.
+        head: The classifier's.
+        head_facts: What it takes to build the classifier.
+        config: With a ``backbone`` that builds the encoder.
+    """
+    tensors = {f"{ENCODER}{name}": tensor for name, tensor in encoder.state_dict().items()}
+    tensors |= {f"{HEAD}{name}": tensor for name, tensor in head.state_dict().items()}
+    content = io.BytesIO()
+    state = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    torch.save({"state_dict": state, "config": dict(config), "head": dict(head_facts)}, content)
+    write_whole(path, content.getvalue())
 
 
 def _row(key: str, tensor: Tensor) -> KeyRow:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmonize import __version__
 from harmonize.backbones.timm_vit import ViTEncoder
@@ -51,6 +51,7 @@ def architecture_of(encoder: ViTEncoder) -> dict[str, Any]:
         "layer_scale": 0.1 if "blocks.0.ls1.gamma" in encoder.state_dict() else None,
         "class_token": spec.has_class_token,
         "num_registers": spec.num_prefix_tokens - spec.has_class_token,
+        "final_norm": not isinstance(encoder.norm, nn.Identity),
     }
 
 

@@ -213,8 +213,8 @@ class LinearProbe(EvaluationProtocol):
         step = max(2, round(1 / self.holdout))
         if num < step:
             raise ConfigError(
-                f"eval.holdout={self.holdout} holds out none of {num} training images, and one of several heads is chosen "
-                f"on such: {step} labelled images or more are needed, or a single head."
+                f"eval.holdout={self.holdout} holds out none of {num} training images, and one of several heads is "
+                f"chosen on such: {step} labelled images or more are needed, or a single head."
             )
         return torch.arange(num) % step == step - 1
 

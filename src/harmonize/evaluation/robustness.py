@@ -31,7 +31,8 @@ class Robustness(EvaluationProtocol):
         feature: Of the probe.
         l2: Of the probe.
 
-    Source: Hendrycks and Dietterich 2019 (arXiv:1903.12261); Hendrycks et al. 2021 (arXiv:2006.16241, arXiv:1907.07174).
+    Source: Hendrycks and Dietterich 2019 (arXiv:1903.12261); Hendrycks et al. 2021 (arXiv:2006.16241 and
+        arXiv:1907.07174).
     """
 
     root: str | None = None
@@ -46,7 +47,7 @@ class Robustness(EvaluationProtocol):
         ImageNet-C, which is relative to AlexNet, is not computed.
 
         Raises:
-            ConfigError: The folder is missing, in another layout or of other classes, or none of its images can be read.
+            ConfigError: The folder is missing, in another layout or of other classes, or its images are unreadable.
         """
         images = RobustnessSet(self.root, bench.classes)
         head = classifier(bench, self.head, read_specs([self.feature], bench.spec), self.l2)
