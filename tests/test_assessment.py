@@ -151,7 +151,8 @@ def test_other_settings_in_the_same_folder_are_trained_anew(trained, folder):
     """As a run that stopped half-way through is gone on with only by the same command."""
     grid = ["eval=linear_probe_moco_v3", "eval.augment=null", "eval.epochs=3", "eval.holdout=0.25"]
     evaluate(trained, *grid, "eval.lrs=[0.1,100]")
-    for name, changed in (("lrs", ["eval.lrs=[30,300]"]), ("data", ["eval.lrs=[0.1,100]", *DATA, "data.clutter=0.0"])):
+    drawn = [*DATA, "data.num_val=60", "data.clutter=0.0"]
+    for name, changed in (("data", ["eval.lrs=[0.1,100]", *drawn]), ("lrs", ["eval.lrs=[30,300]", *drawn])):
         evaluate(trained, *grid, *changed)
         evaluate(trained, *grid, *changed, out=name)
         assert read(folder) == read(folder, name)

@@ -23,7 +23,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from harmonize.cli import COMMANDS, main
+from harmonize.cli import COMMANDS, _with_key, main
 from harmonize.config import check_config, compose
 from harmonize.types import ConfigError
 
@@ -95,14 +95,17 @@ def check_python(arguments: list[str], images: Path) -> None:
     first, *rest = arguments
     if first in {"train.py", "evaluate.py", "analyze.py"}:
         check_harmonize([first.removesuffix(".py"), *rest], images)
-    elif first != "-m" or rest[0] != "venv":
+    elif first != "-m":
         ast.parse((ROOT / first).read_text(), first)
+    elif rest[0] != "venv":
+        assert (ROOT / f"{rest[0].replace('.', '/')}.py").is_file()
 
 
 def check_harmonize(arguments: list[str], images: Path) -> None:
     """Whether a checkpoint exists is for the machine that has it."""
     command, *rest = arguments
     assert command in COMMANDS
+    rest = [_with_key(word, COMMANDS[command]) for word in rest]
     for job in overrides_of(rest, images):
         if command in ("analyze", "evaluate") and {"--help", "--cfg"} & set(rest):
             job = ["checkpoint=any", *job]

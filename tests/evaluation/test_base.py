@@ -67,7 +67,7 @@ def test_only_what_is_missing_is_computed_and_in_one_pass(tmp_path, monkeypatch)
 
 
 def test_everything_that_makes_another_feature_is_computed_anew(tmp_path, monkeypatch):
-    bench = make_bench(tmp_path)
+    bench = make_bench(tmp_path, patterns(30, 30))
     seen = count_images(monkeypatch, bench.encoder)
     bilinear = {"eval_crop": 0.5, "eval_interpolation": "bilinear"}
     variants = {
@@ -77,7 +77,7 @@ def test_everything_that_makes_another_feature_is_computed_anew(tmp_path, monkey
         "layer": lambda: bench.features("val", [FeatureSpec(1, "cls")]),
         "split": lambda: bench.features("train", SPECS[:1]),
         "view": lambda: bench.features("val", SPECS[:1], bench.make_data(**bilinear), "bilinear"),
-        "images": lambda: make_bench(tmp_path, encoder=bench.encoder, num_val=10).features("val", SPECS[:1]),
+        "images": lambda: make_bench(tmp_path, bench.dataset, bench.encoder, num_val=10).features("val", SPECS[:1]),
     }
     found = {}
     for name, make in variants.items():

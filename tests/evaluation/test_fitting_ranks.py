@@ -41,7 +41,7 @@ def plain_head(*sizes):
 def segmentation(folder):
     """Of 11 images of two sizes."""
     bench = test_segmentation.make_bench(folder, num_val=11)
-    protocol = Segmentation(**test_segmentation.EASY | {"head": plain_head, "epochs": 1})
+    protocol = Segmentation(**test_segmentation.EASY | {"decode_head": plain_head, "epochs": 1})
     assert protocol.run(bench)[0].num_images == 11
     masks = test_segmentation.Halves()
     network, data = protocol._network(bench, 3).eval(), protocol._module(bench, masks)

@@ -104,7 +104,7 @@ def test_a_linear_head_on_frozen_tokens_learns_colours(tmp_path):
 
 def test_upernet_trains_a_copy_of_the_encoder(tmp_path):
     bench = make_bench(tmp_path)
-    settings = EASY | {"head": UPERNET, "frozen": False, "layers": None, "epochs": 6, "ema": 0.5}
+    settings = EASY | {"decode_head": UPERNET, "frozen": False, "layers": None, "epochs": 6, "ema": 0.5}
     settings |= {"lr": 5e-3, "layer_decay": 0.7}
     before = state_hash(bench.encoder.state_dict())
     with frozen(bench.encoder):
@@ -117,7 +117,7 @@ def test_upernet_trains_a_copy_of_the_encoder(tmp_path):
     assert not torch.equal(state["tokens.encoder.blocks.0.attn.qkv.weight"], bench.encoder.blocks[0].attn.qkv.weight)
 
 
-@pytest.mark.parametrize("settings", [{}, {"head": UPERNET, "frozen": False, "layers": None, "drop_path": 0.2}])
+@pytest.mark.parametrize("settings", [{}, {"decode_head": UPERNET, "frozen": False, "layers": None, "drop_path": 0.2}])
 def test_interrupted_it_goes_on_to_the_same_result(tmp_path, settings):
     settings = EASY | {"epochs": 2, "scale": [0.5, 2.0]} | settings
     whole = Segmentation(**settings).run(make_bench(tmp_path / "whole"))
@@ -249,7 +249,7 @@ def test_the_embedded_data_set_brings_its_masks(tmp_path):
         ({"batch_size": 33}, r"eval\.batch_size=33 is too large"),
         ({"batch_size": 4, "accumulate": 4}, r"eval\.batch_size=4 is too small: BatchNorm"),
         ({"layers": [3]}, r"layer=3 .* 1 \.\.\. 2"),
-        ({"head": UPERNET, "layers": [1, 2]}, r"eval\.layers names 2 blocks"),
+        ({"decode_head": UPERNET, "layers": [1, 2]}, r"eval\.layers names 2 blocks"),
     ],
 )
 def test_mistakes_are_sentences(tmp_path, settings, message):

@@ -218,7 +218,7 @@ class Segmentation(Training, EvaluationProtocol):
     With several processes on GPUs BatchNorm sees the batch of all of them, on CPUs each its own share.
 
     Attributes:
-        head: ``head(width, num_maps, num_classes)`` makes the head.
+        decode_head: ``decode_head(width, num_maps, num_classes)`` makes the head.
         layers: Blocks that it reads, from 1, -1 the last one; None: four of them, after 1/3, 1/2, 2/3 and the whole of
             the depth (in BEiT and iBOT blocks 4, 6, 8 and 12 of ViT-B).
         norm: Whether they go through the encoder's final norm.
@@ -229,7 +229,7 @@ class Segmentation(Training, EvaluationProtocol):
         data: The images and masks; None: those of the bench.
     """
 
-    head: Callable[[int, int, int], nn.Module] = LinearHead
+    decode_head: Callable[[int, int, int], nn.Module] = LinearHead
     layers: Sequence[int] | None = (-1,)
     norm: bool = True
     frozen: bool = True
@@ -294,7 +294,7 @@ class Segmentation(Training, EvaluationProtocol):
         layers = self._layers(bench.spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_int(bench.seed))
-            head = self.head(bench.spec.width, len(layers), num_classes)
+            head = self.decode_head(bench.spec.width, len(layers), num_classes)
         if world_size() > 1 and bench.device.type == "cuda":
             head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
         if self.frozen:
