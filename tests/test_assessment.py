@@ -16,10 +16,10 @@ from harmonize.cli import main
 from harmonize.config import CONF, check_config, compose, instantiate
 from harmonize.data.module import DataModule
 from harmonize.evaluation import base
-from harmonize.evaluation.base import state_hash
 from harmonize.evaluation.features import extract
 from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
+from harmonize.functional.hashing import weights_hash
 from harmonize.reports import evaluation as reports
 from harmonize.reports.evaluation import COLUMNS
 from harmonize.reports.style import to_png, to_svg
@@ -94,7 +94,7 @@ def test_knn(trained, folder, capsys):
     found = {row["series"]: row["value"] for row in rows if row["metric"] == "top1"}
     assert found == {f"k={k}, temperature=0.07": knn_accuracy(*sides, 12, k) for k in (3, 5)}
     assert [row["metric"] for row in rows] == ["top1", "top5"] * 2  # 12 shapes
-    weights = state_hash(encoder_of(trained).state_dict())
+    weights = weights_hash(encoder_of(trained).state_dict())
     for row in rows:
         assert set(row) == set(COLUMNS)
         same = {
@@ -190,7 +190,7 @@ def test_two_checkpoints_side_by_side(trained, folder, capsys):
         sides = directly(root, FeatureSpec(2, "patch_mean"))
         assert own[1]["value"] == linear_probe_accuracy(*sides, 12, l2=1.0)
         assert own[3]["value"] == knn_accuracy(*sides, 12, 3)
-        assert {row["fingerprint"] for row in own} == {state_hash(encoder_of(root).state_dict())[:16]}
+        assert {row["fingerprint"] for row in own} == {weights_hash(encoder_of(root).state_dict())[:16]}
     assert rows[0]["fingerprint"] != rows[4]["fingerprint"]
     shown = capsys.readouterr().out
     assert "A: layer_probe on the data that it was trained on: Shapes ..." in shown

@@ -26,9 +26,10 @@ from torch import nn
 from harmonize import __version__
 from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.config import instantiate, to_plain
-from harmonize.evaluation.base import Bench, T, frozen, state_hash
+from harmonize.evaluation.base import Bench, T, frozen
 from harmonize.evaluation.classifier import Head
 from harmonize.functional.distributed import rank
+from harmonize.functional.hashing import weights_hash
 from harmonize.networks import (
     Loaded,
     choose_device,
@@ -95,7 +96,7 @@ def _bench(
     dataset = instantiate(section.dataset)
     encoder = loaded.encoder.to(device)
     # Networks may differ in the number of heads alone, which no weight tells.
-    network = [state_hash(encoder.state_dict()), str(loaded.spec)]
+    network = [weights_hash(encoder.state_dict()), str(loaded.spec)]
 
     def make_data(**options: Any) -> Any:
         options = {"world_size": _world_size(), "rank": rank()} | options

@@ -25,8 +25,8 @@ from harmonize.checkpoints.resizing import resize_state
 from harmonize.checkpoints.single_file import architecture_of, load_exported, read_exported
 from harmonize.config import composer, instantiate, locate, to_plain
 from harmonize.data.module import DataModule
-from harmonize.evaluation.base import state_hash
 from harmonize.evaluation.classifier import Head
+from harmonize.functional.hashing import weights_hash
 from harmonize.functional.seeding import mix_int
 from harmonize.types import ConfigError, EncoderSpec, FeatureSpec
 
@@ -82,7 +82,7 @@ class Loaded:
     @property
     def fingerprint(self) -> str:
         """The first digits of the SHA-256 of the encoder's weights."""
-        return state_hash(self.encoder.state_dict())[:16]
+        return weights_hash(self.encoder.state_dict())[:16]
 
 
 def load_network(checkpoint: str, name: str, cfg: DictConfig, untrained: bool = False) -> Loaded:

@@ -7,8 +7,9 @@ import torch
 
 from harmonize.data.module import DataModule
 from harmonize.evaluation import base
-from harmonize.evaluation.base import frozen, state_hash
+from harmonize.evaluation.base import frozen
 from harmonize.evaluation.features import extract
+from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError, FeatureSpec
 from tests.evaluation.benches import count_images, make_bench, on_ranks, patterns
 from tests.helpers import tiny_encoder
@@ -187,9 +188,9 @@ def test_the_hash_of_a_state_sees_names_types_shapes_and_values():
         state | {"a": torch.zeros(2, 3).index_put_((torch.tensor(1), torch.tensor(2)), torch.tensor(1e-30))},
         {"b": state["b"]},
     ]
-    assert len({state_hash(one) for one in (state, *others)}) == 6
-    assert state_hash(dict(reversed(state.items()))) == state_hash(state)
-    assert state_hash({"a": torch.zeros(3, 2).T, "b": state["b"]}) == state_hash(state)
+    assert len({weights_hash(one) for one in (state, *others)}) == 6
+    assert weights_hash(dict(reversed(state.items()))) == weights_hash(state)
+    assert weights_hash({"a": torch.zeros(3, 2).T, "b": state["b"]}) == weights_hash(state)
 
 
 def measure(batch):

@@ -10,10 +10,11 @@ from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.config import compose, instantiate
 from harmonize.data.module import DataModule
 from harmonize.data.shapes import Shapes
-from harmonize.evaluation.base import Bench, frozen, state_hash
+from harmonize.evaluation.base import Bench, frozen
 from harmonize.evaluation.classifier import Head
 from harmonize.evaluation.fine_tune import Classifier, FineTune, class_scores
 from harmonize.functional import distributed
+from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError, FeatureSpec
 from tests.helpers import random_batch, tiny_encoder
 
@@ -66,10 +67,10 @@ def make_bench(folder, dataset=None, encoder=None, **options):
 def test_it_learns_scores_and_keeps(tmp_path):
     kept = []
     bench = make_bench(tmp_path, keep=lambda encoder, head: kept.append((encoder, head)))
-    before = state_hash(bench.encoder.state_dict())
+    before = weights_hash(bench.encoder.state_dict())
     with frozen(bench.encoder):
         results = FineTune(**EASY | {"epochs": 8}).run(bench)
-    assert state_hash(bench.encoder.state_dict()) == before
+    assert weights_hash(bench.encoder.state_dict()) == before
     (row,) = results
     assert (row.metric, row.num_images, row.series) == ("top1", 32, "")
     assert row.value > 0.9
@@ -79,7 +80,7 @@ def test_it_learns_scores_and_keeps(tmp_path):
     ((encoder, head),) = kept
     assert head.classes == ["bright", "dark"]
     assert head.num_classes == 2
-    assert state_hash(encoder.state_dict()) != before
+    assert weights_hash(encoder.state_dict()) != before
     scores, labels = class_scores(bench, encoder, head, bench.data)
     assert (scores.argmax(1) == labels).double().mean().item() == pytest.approx(
         row.value, abs=0.1

@@ -14,7 +14,7 @@ from harmonize.config import compose, instantiate
 from harmonize.data.segmentation import SegmentationSet
 from harmonize.data.segmentation_module import SegmentationBatch
 from harmonize.data.shapes import Shapes
-from harmonize.evaluation.base import Bench, frozen, state_hash
+from harmonize.evaluation.base import Bench, frozen
 from harmonize.evaluation.segmentation import (
     LinearHead,
     Segmentation,
@@ -23,6 +23,7 @@ from harmonize.evaluation.segmentation import (
     segmentation_loss,
     token_maps,
 )
+from harmonize.functional.hashing import weights_hash
 from harmonize.functional.segmentation import mean_iou, pixel_counts
 from harmonize.types import ConfigError
 from tests.helpers import random_batch, tiny_encoder
@@ -86,10 +87,10 @@ def by_name(results):
 def test_a_linear_head_on_frozen_tokens_learns_colours(tmp_path):
     assert isinstance(Halves(), SegmentationSet)
     bench = make_bench(tmp_path)
-    before = state_hash(bench.encoder.state_dict())
+    before = weights_hash(bench.encoder.state_dict())
     with frozen(bench.encoder):
         rows = by_name(Segmentation(**EASY).run(bench))
-    assert state_hash(bench.encoder.state_dict()) == before
+    assert weights_hash(bench.encoder.state_dict()) == before
     assert set(rows) == {("miou", ""), ("pixel_accuracy", ""), ("iou", "dark"), ("iou", "bright")}
     miou = rows["miou", ""]
     assert miou.value > 0.8
@@ -106,10 +107,10 @@ def test_upernet_trains_a_copy_of_the_encoder(tmp_path):
     bench = make_bench(tmp_path)
     settings = EASY | {"decode_head": UPERNET, "frozen": False, "layers": None, "epochs": 6, "ema": 0.5}
     settings |= {"lr": 5e-3, "layer_decay": 0.7}
-    before = state_hash(bench.encoder.state_dict())
+    before = weights_hash(bench.encoder.state_dict())
     with frozen(bench.encoder):
         rows = by_name(Segmentation(**settings).run(bench))
-    assert state_hash(bench.encoder.state_dict()) == before
+    assert weights_hash(bench.encoder.state_dict()) == before
     assert rows["miou", ""].value > 0.8
     assert rows["miou", ""].feature == "fine-tuned layers 1, 1, 1, 2 pool=none norm=final"
     assert ("miou", "EMA") in rows

@@ -19,6 +19,7 @@ from harmonize.data.module import DataModule
 from harmonize.evaluation.features import Features, extract, resolve
 from harmonize.files import write_whole
 from harmonize.functional.distributed import gather_rows, rank, unique_rows
+from harmonize.functional.hashing import weights_hash
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec, Result
 
 T = TypeVar("T")
@@ -206,22 +207,9 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
     """
     if any(module.training for module in encoder.modules()):
         raise RuntimeError("A frozen encoder must be in eval mode: call encoder.eval() first.")
-    before = state_hash(encoder.state_dict())
+    before = weights_hash(encoder.state_dict())
     yield
     if any(module.training for module in encoder.modules()):
         raise RuntimeError("An evaluation has put the frozen encoder into train mode.")
-    if state_hash(encoder.state_dict()) != before:
+    if weights_hash(encoder.state_dict()) != before:
         raise RuntimeError("An evaluation has changed the frozen encoder; its numbers cannot be trusted.")
-
-
-def state_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values of tensors, as hexadecimal digits.
-
-    >>> state_hash({"a": torch.zeros(2)}) == state_hash({"a": torch.zeros(2)}) != state_hash({"a": torch.ones(2)})
-    True
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
