@@ -171,7 +171,32 @@ def test_our_own_files(folder, capsys):
     assert "of the pre-training objective" in text
 
 
+@pytest.mark.parametrize("root", ["${evil}", "${oc.create:{_target_:os.getcwd}}"])
+def test_the_data_of_a_checkpoint_can_name_no_foreign_code(folder, capsys, monkeypatch, root):
+    """References are followed when a configuration is resolved, and what they lead to would be built."""
+    backbone = {"_target_": "harmonize.backbones.timm_vit.ViTEncoder"}
+    backbone |= {"image_size": 16, "patch_size": 4, "width": 24, "depth": 2, "num_heads": 3}
+    state = {f"encoder.{key}": value for key, value in tiny_encoder().state_dict().items()}
+    dataset = {"_target_": "harmonize.data.datasets.Folder", "root": root, "image_size": 16}
+    data = {"dataset": dataset, "evil": {"_target_": "os.getcwd"}, "image_size": 16, "num_workers": 0, "eval_crop": 1.0}
+    torch.save({"state_dict": state, "config": {"backbone": backbone, "data": data}}, folder / "a.ckpt")
+    for command in ("evaluate", "analyze"):
+        assert main([command, "checkpoint=a.ckpt"]) == 2
+        assert "its data section refers to other keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["branch=momentum", "num_heads=2"])
+def test_keys_for_other_projects_files_are_not_ignored(folder, capsys, key):
+    backbone = {"_target_": "harmonize.backbones.timm_vit.ViTEncoder"}
+    backbone |= {"image_size": 16, "patch_size": 4, "width": 24, "depth": 2, "num_heads": 3}
+    state = {f"encoder.{name}": value for name, value in tiny_encoder().state_dict().items()}
+    torch.save({"state_dict": state, "config": {"backbone": backbone}}, folder / "a.ckpt")
+    assert main(["evaluate", "checkpoint=a.ckpt", key, *DATA]) == 2
+    assert f"{key} is for other projects' files" in capsys.readouterr().err
+
+
 def test_inspect_takes_one_file(capsys):
+    assert main(["inspect", "-m", "checkpoint=a,b"]) == 2
     assert main(["inspect", "checkpoint=[a,b]"]) == 2
     assert main(["inspect", "timm:vit_tiny_patch16_224"]) == 2
     assert main(["inspect"]) == 2

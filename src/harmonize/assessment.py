@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -28,7 +30,7 @@ from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.config import instantiate, to_plain
 from harmonize.evaluation.base import Bench, T, frozen
 from harmonize.evaluation.classifier import Head
-from harmonize.functional.distributed import rank
+from harmonize.functional.distributed import rank, world_size
 from harmonize.functional.hashing import weights_hash
 from harmonize.networks import (
     Loaded,
@@ -43,7 +45,7 @@ from harmonize.networks import (
 )
 from harmonize.reports.evaluation import write_results
 from harmonize.reports.published import published
-from harmonize.types import ConfigError, Result
+from harmonize.types import ConfigError, NonFiniteLossError, Result
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -59,7 +61,14 @@ def evaluate(cfg: DictConfig) -> None:
         _start_ranks(cfg)
         return
     with _process_group(cfg):
-        _evaluate(cfg)
+        try:
+            _evaluate(cfg)
+        except PermissionError as error:
+            raise ConfigError(f"run.dir or run.root: {error.filename} cannot be written ({error.strerror}).") from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ConfigError(f"run.dir or run.root: {error.strerror}; what is complete stays.") from error
 
 
 def _evaluate(cfg: DictConfig) -> None:
@@ -99,7 +108,7 @@ def _bench(
     network = [weights_hash(encoder.state_dict()), str(loaded.spec)]
 
     def make_data(**options: Any) -> Any:
-        options = {"world_size": _world_size(), "rank": rank()} | options
+        options = {"world_size": world_size(), "rank": rank()} | options
         return data_module(section, dataset, loaded.spec.image_size, cfg.seed, **options)
 
     def progress(items: Iterable[T], what: str) -> Iterable[T]:
@@ -171,14 +180,14 @@ def _row(result: Result, cfg: DictConfig, section: DictConfig, loaded: Loaded) -
 
 def _print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """A line for each number, and for each curve one with its two ends."""
-    table = Table(title="percent ± one standard error, or (95 % interval)", title_justify="left")
+    title = "percent ± one standard error, or (95 % interval)"
+    if any(row["published"] is not None for row in rows):
+        title += "; [published, of another network]"
+    table = Table(title=title, title_justify="left")
     networks = list(dict.fromkeys(row["network"] for row in rows))
     table.add_column("")
     for network in networks:
         table.add_column(network, justify="right")
-    beside = any(row["published"] is not None and not row["axis"] for row in rows)
-    if beside:
-        table.add_column("published, of another network", justify="right")
     for metric, series in dict.fromkeys((row["metric"], row["series"]) for row in rows):
         of_line = [row for row in rows if (row["metric"], row["series"]) == (metric, series)]
         ends = [[row for row in of_line if row["network"] == network] for network in networks]
@@ -189,9 +198,7 @@ def _print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
             cells = [
                 "" if not own else " ... ".join(f"{100 * r['value']:.1f}" for r in (own[0], own[-1])) for own in ends
             ]
-        if beside:
-            cells.append("" if first["published"] is None or axis else f"{100 * first['published']:.1f}")
-        table.add_row(", ".join(filter(None, [metric, series, axis])), *cells)
+        table.add_row(", ".join(filter(None, [metric, series, axis])), *map(escape, cells))
     console.print(table)
     for note in dict.fromkeys(f"{row['network']}: {row['note']}" for row in rows if row["note"]):
         console.print(note)
@@ -201,7 +208,8 @@ def _percent(row: dict[str, Any]) -> str:
     if row["low"] is not None:
         return f"{100 * row['value']:.1f} ({100 * row['low']:.1f} ... {100 * row['high']:.1f})"
     error = row["standard_error"]
-    return f"{100 * row['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    beside = "" if row["published"] is None else f" [{100 * row['published']:.1f}]"
+    return f"{100 * row['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + beside
 
 
 def _hash(value: Any) -> str:
@@ -209,10 +217,6 @@ def _hash(value: Any) -> str:
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _start_ranks(cfg: DictConfig) -> None:
@@ -228,7 +232,8 @@ def _start_ranks(cfg: DictConfig) -> None:
     except (mp.ProcessExitedException, mp.ProcessRaisedException):
         if mistakes.empty():
             raise
-        raise ConfigError(mistakes.get()) from None
+        kind, text = mistakes.get()
+        raise (NonFiniteLossError if kind == "loss" else ConfigError)(text) from None
 
 
 def _rank_main(number: int, config: str, port: int, argv: list[str], mistakes: Any) -> None:
@@ -239,8 +244,8 @@ def _rank_main(number: int, config: str, port: int, argv: list[str], mistakes: A
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         evaluate(cfg)
-    except ConfigError as error:
-        mistakes.put(str(error))
+    except (ConfigError, NonFiniteLossError) as error:
+        mistakes.put(("loss" if isinstance(error, NonFiniteLossError) else "config", str(error)))
         sys.exit(2)
 
 

@@ -196,6 +196,7 @@ class Command:
         work: What it does with a checked configuration; imports what it needs.
         interrupted: What the user can count on after Ctrl-C.
         argument: The key that an argument without a key is the value of; None: there is none.
+        sweeps: Whether ``-m`` makes sense.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Command:
     work: Callable[[DictConfig], None]
     interrupted: str
     argument: str | None = None
+    sweeps: bool = True
 
 
 def _train(cfg: DictConfig) -> None:
@@ -241,8 +243,8 @@ COMMANDS = {
         Command("train", TRAIN_HELP, _train, "the same command resumes from the last checkpoint"),
         Command("analyze", ANALYZE_HELP, _analyze, "the same command starts again"),
         Command("evaluate", EVALUATE_HELP, _evaluate, "the same command goes on where it stopped"),
-        Command("inspect", INSPECT_HELP, _inspect, "nothing is written", argument="checkpoint"),
-        Command("export", EXPORT_HELP, _export, "nothing is kept"),
+        Command("inspect", INSPECT_HELP, _inspect, "nothing is written", argument="checkpoint", sweeps=False),
+        Command("export", EXPORT_HELP, _export, "nothing is kept", sweeps=False),
     )
 }
 
@@ -329,6 +331,8 @@ def start(command: Command, arguments: list[str]) -> int:
         os.environ["COMP_LINE"] = re.sub(rf"^(\S+)\s+{command.name}\b", r"\1", line)
     else:
         jobs, hydra, multirun = _jobs(options, command.name)
+        if multirun and not command.sweeps:
+            raise ConfigError(f"harmonize {command.name} takes one checkpoint at a time; -m is not possible.")
         if options.help:
             print(command.help.format(groups=_groups(hydra.runtime.choices, command.name)) + OPTIONS_HELP, end="")
             return 0

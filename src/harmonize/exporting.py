@@ -19,8 +19,6 @@ from harmonize.types import ConfigError, Result
 PRIVATE = ("run", "logger")
 """Sections of a configuration that say where things lie; the model card leaves them out, and the roots of data."""
 
-_DERIVED = {"MoCo v3": "moco_v3", "MAE": "mae"}
-
 
 def export(cfg: DictConfig) -> None:
     """Write the encoder that a configuration names, and print how to load it.
@@ -35,7 +33,7 @@ def export(cfg: DictConfig) -> None:
         raise ConfigError(f"checkpoint={list(cfg.checkpoint)} must be one file or run folder.")
     loaded = load_network(cfg.checkpoint, "encoder", cfg)
     if not isinstance(loaded.encoder, ViTEncoder):
-        raise ConfigError(f"checkpoint={cfg.checkpoint} is timm's own already; there is nothing to export.")
+        raise ConfigError(f"checkpoint={cfg.checkpoint} is a network of timm; there is nothing to export.")
     name = cfg.name or re.sub(r"[^\w.+-]+", "-", short_names([cfg.checkpoint])[0]).strip("-.") or "encoder"
     folder = Path(cfg.run.dir or Path(cfg.run.root) / f"{name}-{cfg.format}")
     head = loaded.head if cfg.format in ("timm", "hf") else None
@@ -59,12 +57,11 @@ def _facts(loaded: Loaded, licence: str | None) -> CardFacts:
         objective=objective,
         weight=float(weight) if weight else None,
         data=str((data.get("dataset") or {}).get("_target_", "")).rpartition(".")[2],
-        epochs=(config.get("trainer") or {}).get("max_epochs"),
         steps=loaded.step,
         results=_results(loaded),
         config=OmegaConf.to_yaml(OmegaConf.create(public)) if config else "",
         license=licence or NOT_STATED,
-        derived_from=_DERIVED.get(loaded.family.partition(",")[0], ""),
+        derived_from=loaded.derived_from,
     )
 
 

@@ -55,6 +55,7 @@ class Loaded:
         heads_from: Where the number of heads of another project's network is from.
         config: The configuration of a run of harmonize.
         step: Optimiser steps of that run.
+        derived_from: Recipe of official weights that it is, or began with, such as ``mae``: their licence holds on.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Loaded:
     heads_from: str = ""
     config: dict[str, Any] | None = None
     step: int | None = None
+    derived_from: str = ""
 
     @property
     def spec(self) -> EncoderSpec:
@@ -101,7 +103,11 @@ def load_network(checkpoint: str, name: str, cfg: DictConfig, untrained: bool = 
         loaded = _load_timm(checkpoint, name, cfg, untrained)
     else:
         file = replace(read_file(find_file(checkpoint)), name=checkpoint)
-        load = {"own": _load_own, "exported": _load_exported, "official": _load_official}[kind_of(file)]
+        kind = kind_of(file)
+        given = {"branch": cfg.branch != "auto", "num_heads": cfg.num_heads is not None}
+        if kind != "official" and (key := next((key for key, is_given in given.items() if is_given), None)):
+            raise ConfigError(f"{key}={cfg[key]} is for other projects' files; {checkpoint} is harmonize's own.")
+        load = {"own": _load_own, "exported": _load_exported, "official": _load_official}[kind]
         loaded = load(file, name, cfg, untrained)
     for module in (loaded.encoder, loaded.untrained, loaded.head):
         if module is not None:
@@ -171,7 +177,8 @@ def _load_own(file: CheckpointFile, name: str, cfg: DictConfig, with_untrained: 
         head=_own_head(encoder.spec, content) if content.head else None,  # type: ignore[arg-type]
         keys=content.keys,
         config=content.config,
-        step=content.step,
+        step=None if content.head else content.step,
+        derived_from=str(content.config.get("derived_from", "")),
     )
 
 
@@ -199,7 +206,8 @@ def save_fine_tuned(path: Path, encoder: nn.Module, head: Head, loaded: Loaded, 
         height, width = encoder.spec.image_size
         backbone["image_size"] = height if height == width else [height, width]
     else:
-        name = loaded.checkpoint.removeprefix(TIMM).partition(".")[0]
+        before = (loaded.config or {}).get("backbone") or {}  # with its tag, which says how images are normalised
+        name = before.get("name") or loaded.checkpoint.removeprefix(TIMM)
         size = loaded.spec.image_size[0]
         backbone = {"_target_": "harmonize.backbones.timm_models.TimmEncoder", "name": name}
         backbone |= {"pretrained": False, "image_size": size}
@@ -210,6 +218,7 @@ def save_fine_tuned(path: Path, encoder: nn.Module, head: Head, loaded: Loaded, 
         "origin": head.origin,
     }
     config = (loaded.config or {}) | {"backbone": backbone, "data": to_plain(section)}
+    config["derived_from"] = loaded.derived_from
     own.save(path, encoder, head, facts, config)
 
 
@@ -233,6 +242,8 @@ def _load_exported(file: CheckpointFile, name: str, cfg: DictConfig, with_untrai
         note="the encoder alone, as harmonize export has written it",
         details={"checkpoint": file.name},
         objective=facts["objective"] if weight is None else f"{facts['objective']} {weight:g}",
+        step=facts["steps"],
+        derived_from=facts["derived_from"],
         keys=[KeyRow("", key, tuple(tensor.shape), "mapped", key) for key, tensor in stored.weights.items()],
     )
 
@@ -260,9 +271,11 @@ def _load_official(file: CheckpointFile, name: str, cfg: DictConfig, with_untrai
         head=head,
         keys=official.keys,
         heads_from=official.heads_from,
+        derived_from=_DERIVED.get(official.family.partition(",")[0], ""),
     )
 
 
+_DERIVED = {"MoCo v3": "moco_v3", "MAE": "mae"}
 _OBJECTIVES = {"MoCo v3": "contrastive", "SimMIM": "mim", "MAE": "mae", "DINO": "dino", "iBOT": "ibot", "BEiT": "beit"}
 
 
@@ -308,6 +321,11 @@ def data_section(cfg: DictConfig, networks: list[Loaded], loaded: Loaded) -> Dic
     elif own := next((n for n in networks if n.data is not None), None):
         assert own.data is not None
         _refuse_foreign(own.data.get("dataset"), "data.dataset", own.checkpoint)
+        if "${" in json.dumps(own.data, default=str):  # what a reference leads to would be built as well
+            raise ConfigError(
+                f"checkpoint={own.checkpoint}: its data section refers to other keys ('${{'), which a stored one never "
+                "does; nothing is built from it."
+            )
         section, what = OmegaConf.create(own.data), "the data that it was trained on"
     else:
         with composer("analyze") as conf:

@@ -345,7 +345,7 @@ VALUES: dict[str, Rule] = {
     "eval.mix_prob": SHARE,
     "eval.switch_prob": SHARE,
     "eval.smoothing": number("[0, 1)"),
-    "eval.layers": list_of(LAYER) | NULL,
+    "eval.layers": some(LAYER) | NULL,
     "eval.frozen": BOOL,
     "eval.scale": span(POSITIVE),
     "eval.data": SECTION | NULL,

@@ -138,9 +138,9 @@ def test_other_data_have_no_masks(tmp_path):
 
 @pytest.mark.parametrize("kind", [ADE20K, PascalVOC])
 def test_a_missing_folder_is_named(kind, tmp_path):
-    with pytest.raises(ConfigError, match=r"^data.root=null is not possible: give the unpacked (ADE|VOC)"):
+    with pytest.raises(ConfigError, match=r"^eval.data.root=null is not possible: give the unpacked (ADE|VOC)"):
         kind(None)
-    with pytest.raises(ConfigError, match=r"^data.root=/nowhere does not exist: give the unpacked"):
+    with pytest.raises(ConfigError, match=r"^eval.data.root=/nowhere does not exist: give the unpacked"):
         kind("/nowhere")
     with pytest.raises(ConfigError, match=r"has no folder (images/training|JPEGImages): give the unpacked .* holds"):
         kind(str(tmp_path))
@@ -193,7 +193,7 @@ def test_wrong_masks_are_one_sentence(ade, voc, num_workers):
     Image.new("RGB", (30, 20)).save(annotations / "ADE_train_00000003.png")
     (annotations / "ADE_train_00000004.png").write_bytes(b"damaged")
     (ade / "images" / "training" / "ADE_train_00000005.jpg").write_bytes(b"damaged")
-    data, root = ADE20K(str(ade)), f"data.root={ade} holds"
+    data, root = ADE20K(str(ade)), f"eval.data.root={ade} holds"
     masks = [annotations / f"ADE_train_{i:08d}.png" for i in range(1, 6)]
     assert message(data, 0) == f"{root} a mask with the value 151, {masks[0]}: 0 to 150 are allowed"
     assert message(data, 1) == f"{root} {masks[1]} of 20 x 20 px for an image of 30 x 20 px"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from harmonize.data.datasets import Dataset, Split, SplitName
 from harmonize.data.images import WrongData
-from harmonize.data.sampler import EpochBatchSampler, ShardedBatchSampler
+from harmonize.data.sampler import EpochBatchSampler, ShardedBatchSampler, evenly
 from harmonize.data.views import Evaluation
 from harmonize.functional.seeding import mix, mix_int
 from harmonize.types import Batch, ConfigError
@@ -142,9 +142,12 @@ class DataModule:
             split: ``train`` or ``val``.
             num_images: How many; None, or more than there are: all.
         """
-        total = len(self._probe_source(split).split)
-        num = total if num_images is None else min(num_images, total)
-        return [total * i // num for i in range(num)]
+        return evenly(len(self._probe_source(split).split), num_images)
+
+    def names(self, split: SplitName, positions: Iterable[int]) -> list[str]:
+        """What warnings call these images of ``train`` or ``val``: paths, or descriptions."""
+        source = self._probe_source(split)
+        return [source.split.name(position) for position in positions]
 
     def feature_loader(
         self, split: SplitName, images: int | Sequence[int] | None = None, batch_size: int | None = None

@@ -11,6 +11,16 @@ from torch.utils.data import Sampler
 from harmonize.functional.seeding import mix_int
 
 
+def evenly(total: int, num: int | None) -> list[int]:
+    """At most ``num`` of ``total`` positions, evenly spaced; None: all.
+
+    >>> evenly(10, 3)
+    [0, 3, 6]
+    """
+    num = total if num is None else min(num, total)
+    return [total * i // num for i in range(num)]
+
+
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Training batches of (epoch, index) pairs, so that workers which live for many epochs know the epoch.
 

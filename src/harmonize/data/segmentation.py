@@ -109,7 +109,7 @@ class MaskFiles:
     """Images and masks in files.
 
     Args:
-        root: What ``data.root`` says, for errors.
+        root: What ``eval.data.root`` says, for errors.
         pairs: Paths of image and mask.
         values: (256,) int64: the class that a value in a file stands for, ``IGNORE_INDEX``, or -1 for none.
         allowed: The allowed values in words, for errors.
@@ -124,7 +124,7 @@ class MaskFiles:
         if absent:
             image, mask = absent[0]
             raise ConfigError(
-                f"data.root={root} holds {len(absent)} images without a mask: {mask} is needed for {image.name}"
+                f"eval.data.root={root} holds {len(absent)} images without a mask: {mask} is needed for {image.name}"
             )
         self.root, self.pairs, self.values, self.allowed, self.max_pixels = root, pairs, values, allowed, max_pixels
 
@@ -141,19 +141,20 @@ class MaskFiles:
         try:
             image = read_image(path, self.max_pixels)
         except UnreadableImage as error:
-            raise WrongData(f"data.root={self.root} holds {path}, which cannot be read: {error}") from error
+            raise WrongData(f"eval.data.root={self.root} holds {path}, which cannot be read: {error}") from error
         stored = self._read_mask(mask_path)
         if stored.shape != (image.height, image.width):
             height, width = stored.shape
             raise WrongData(
-                f"data.root={self.root} holds {mask_path} of {width} x {height} px for an image of "
+                f"eval.data.root={self.root} holds {mask_path} of {width} x {height} px for an image of "
                 f"{image.width} x {image.height} px"
             )
         mask = self.values[torch.from_numpy(stored).long()]
         if mask.min() < 0:
             value = int(stored.ravel()[int(mask.argmin())])
             raise WrongData(
-                f"data.root={self.root} holds a mask with the value {value}, {mask_path}: {self.allowed} are allowed"
+                f"eval.data.root={self.root} holds a mask with the value {value}, {mask_path}: {self.allowed} are "
+                "allowed"
             )
         return image, mask
 
@@ -166,7 +167,7 @@ class MaskFiles:
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, ... on damaged files
             what = f"cannot be read ({type(error).__name__})"
         raise WrongData(
-            f"data.root={self.root} holds the mask {path}, which {what}: one 8-bit number per pixel is needed"
+            f"eval.data.root={self.root} holds the mask {path}, which {what}: one 8-bit number per pixel is needed"
         )
 
     def name(self, index: int) -> str:
@@ -178,7 +179,7 @@ class _MaskFolder(ABC):
     """What the sets of files have in common.
 
     Args:
-        root: The folder (``data.root``).
+        root: The folder (``eval.data.root``).
         max_pixels: Larger images are refused.
         places: Where below it the set may begin.
         part: The folder by which one knows.
@@ -188,7 +189,7 @@ class _MaskFolder(ABC):
     _missing: ClassVar[str]
 
     def __init__(self, root: str | None, max_pixels: int, places: list[str], part: str):
-        self.root, self.max_pixels = existing_folder(root, self._missing), max_pixels
+        self.root, self.max_pixels = existing_folder(root, self._missing, "eval.data.root"), max_pixels
         self.folder = next((self.root / at for at in places if (self.root / at / part).is_dir()), self.root)
         self._splits: dict[str, MaskFiles] = {}
 
@@ -210,7 +211,7 @@ class ADE20K(_MaskFolder):
     ``root/ADEChallengeData2016``. In the files 0 is "other" and ignored, and 1 ... 150 are the classes.
 
     Args:
-        root: The folder (``data.root``).
+        root: The folder (``eval.data.root``).
         max_pixels: Larger images are refused.
 
     Raises:
@@ -230,7 +231,7 @@ class ADE20K(_MaskFolder):
         for part in ("images", "annotations"):
             for name in ("training", "validation"):
                 if not (self.folder / part / name).is_dir():
-                    raise ConfigError(f"data.root={root} has no folder {part}/{name}: {self._missing}")
+                    raise ConfigError(f"eval.data.root={root} has no folder {part}/{name}: {self._missing}")
         self.classes = self._names()
         classes = range(self._NUM_CLASSES)
         self._values = _class_of_value({0: IGNORE_INDEX} | {number + 1: number for number in classes})
@@ -263,7 +264,7 @@ class PascalVOC(_MaskFolder):
     ignored) and ``root/ImageSets/Segmentation/{train,val}.txt``, also inside ``root/VOCdevkit/VOC2012``.
 
     Args:
-        root: The folder (``data.root``).
+        root: The folder (``eval.data.root``).
         max_pixels: Larger images are refused.
 
     Raises:
@@ -281,10 +282,10 @@ class PascalVOC(_MaskFolder):
         super().__init__(root, max_pixels, ["", "VOCdevkit/VOC2012", "VOC2012"], "JPEGImages")
         for part in ("JPEGImages", "SegmentationClass"):
             if not (self.folder / part).is_dir():
-                raise ConfigError(f"data.root={root} has no folder {part}: {self._missing}")
+                raise ConfigError(f"eval.data.root={root} has no folder {part}: {self._missing}")
         for name in ("train", "val"):
             if not self._names_file(name).is_file():
-                raise ConfigError(f"data.root={root} has no ImageSets/Segmentation/{name}.txt: {self._missing}")
+                raise ConfigError(f"eval.data.root={root} has no ImageSets/Segmentation/{name}.txt: {self._missing}")
         self.classes = list(VOC_CLASSES)
         self._values = _class_of_value({IGNORE_INDEX: IGNORE_INDEX} | {number: number for number in range(21)})
 
@@ -294,12 +295,13 @@ class PascalVOC(_MaskFolder):
     def _list(self, name: SplitName) -> MaskFiles:
         names = self._names_file(name).read_text(encoding="utf-8").split()
         if not names:
-            raise ConfigError(f"data.root={self.root} holds an empty {self._names_file(name)}: {self._missing}")
+            raise ConfigError(f"eval.data.root={self.root} holds an empty {self._names_file(name)}: {self._missing}")
         images = [self.folder / "JPEGImages" / f"{image}.jpg" for image in names]
         absent = [image for image in images if not image.is_file()]
         if absent:
             raise ConfigError(
-                f"data.root={self.root} lacks {len(absent)} images of {self._names_file(name)}: {absent[0]} is needed"
+                f"eval.data.root={self.root} lacks {len(absent)} images of {self._names_file(name)}: {absent[0]} is "
+                "needed"
             )
         pairs = [(image, self.folder / "SegmentationClass" / f"{image.stem}.png") for image in images]
         return MaskFiles(self.root, pairs, self._values, "0 to 20, and 255 for borders,", self.max_pixels)
@@ -309,7 +311,7 @@ def _image_files(root: Path, folder: Path, missing: str) -> list[Path]:
     images = sorted(path for path in folder.iterdir() if path.name.lower().endswith(IMG_EXTENSIONS))
     images = [path for path in images if not path.name.startswith(".")]
     if not images:
-        raise ConfigError(f"data.root={root} holds no image in {folder}: {missing}")
+        raise ConfigError(f"eval.data.root={root} holds no image in {folder}: {missing}")
     return images
 
 

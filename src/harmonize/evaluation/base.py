@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from harmonize.data.module import DataModule
 from harmonize.evaluation.features import Features, extract, resolve
 from harmonize.files import write_whole
-from harmonize.functional.distributed import gather_rows, rank, unique_rows
+from harmonize.functional.distributed import from_rank_0, gather_rows, rank, unique_rows
 from harmonize.functional.hashing import weights_hash
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec, Result
 
@@ -49,7 +49,7 @@ class Bench:
         dataset: The data set itself, for protocols that read more than its images and labels.
         device: Where to compute.
         seed: Everything random is a function of it.
-        folder: For what takes up an interrupted evaluation again; emptied when the evaluation is complete.
+        folder: For what takes up an interrupted evaluation again; what is complete is found there, too.
         cache: For features, which other evaluations of the same network on the same data read as well.
         batch_size: Images at a time through the frozen encoder.
         num_train: At most so many labelled training images, evenly spaced; None: all.
@@ -133,8 +133,10 @@ class Bench:
         found: list[list[Features]] = []
         with frozen(self.encoder):
             for part in self.track(parts, f"features, {split}") if len(parts) > 1 else parts:
-                files = {spec: self._file(split, spec, part, key) for spec in specs}
-                missing = [spec for spec in dict.fromkeys(specs) if not files[spec].is_file()]
+                images = [self.data.classes, data.names(split, part), list(part)]  # type: ignore[arg-type]
+                files = {spec: self._file(split, spec, images, key) for spec in specs}
+                # Rank 0 decides: another evaluation may be filling the same cache.
+                missing = from_rank_0([spec for spec in dict.fromkeys(specs) if not files[spec].is_file()])
                 if missing:
                     loader: Iterable[Any] = data.feature_loader(split, part, self.batch_size)  # type: ignore[arg-type]
                     if len(parts) == 1:
@@ -171,8 +173,8 @@ class Bench:
         keep = unique_rows(index)
         return rows[keep], label[keep], index[keep]
 
-    def _file(self, split: str, spec: FeatureSpec, part: Sequence[int], key: str) -> Path:
-        name = hashlib.sha256(json.dumps([str(spec), list(part), key]).encode()).hexdigest()[:16]
+    def _file(self, split: str, spec: FeatureSpec, images: list[Any], key: str) -> Path:
+        name = hashlib.sha256(json.dumps([str(spec), images, key]).encode()).hexdigest()[:16]
         return self.cache / f"{split}-{name}.safetensors"
 
     def _store(self, path: Path, features: Features) -> None:

@@ -92,16 +92,17 @@ def classifier(bench: Bench, kind: str, features: Sequence[FeatureSpec], l2: flo
     Raises:
         ConfigError: ``checkpoint`` is asked for, and there is no head or one for another number of classes.
     """
-    head = bench.head
-    fits = isinstance(head, Head) and head.num_classes == len(bench.classes)
+    head = bench.head if isinstance(bench.head, Head) else None
+    # Equally many classes in another order would be scored wrongly; other projects' files do not name theirs.
+    fits = head is not None and len(bench.classes) == head.num_classes and head.classes in (None, bench.classes)
     if kind == "checkpoint" and not fits:
-        has = f"one for {head.num_classes} classes" if isinstance(head, Head) else "none"
+        has = f"one for {head.num_classes} classes, other or in another order" if head is not None else "none"
         raise ConfigError(
             f"eval.head=checkpoint needs a checkpoint with a head for the {len(bench.classes)} classes of the data; "
             f"this one has {has}: use eval.head=probe."
         )
     if kind != "probe" and fits:
-        assert isinstance(head, Head)
+        assert head is not None
         return head
     return fit_head(bench, features, l2)
 

@@ -56,7 +56,7 @@ def read_specs(
     try:
         return [resolve(FeatureSpec(**node), encoder) for node in nodes]
     except TypeError as error:
-        raise ConfigError(f"{key} has the keys layer, pool and norm, not {[dict(node) for node in nodes]}.") from error
+        raise ConfigError(f"{key} has the keys layer, pool and norm, not {list(nodes)}.") from error
 
 
 def resolve(spec: FeatureSpec, encoder: EncoderSpec) -> FeatureSpec:

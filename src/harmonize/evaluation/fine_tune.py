@@ -17,7 +17,6 @@ from harmonize.evaluation.classifier import Head
 from harmonize.evaluation.features import pool_tokens, resolve
 from harmonize.evaluation.fitting import Training, fit
 from harmonize.evaluation.linear_probe import top_results
-from harmonize.functional.distributed import gather_rows, unique_rows
 from harmonize.functional.seeding import mix_int
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec, Result
 
@@ -180,16 +179,13 @@ def class_scores(bench: Bench, encoder: nn.Module, head: Head, data: DataModule)
     Raises:
         ConfigError: No readable image has a label.
     """
-    indices = data.spread("val", bench.num_val)
-    none = torch.empty(0, dtype=torch.int64, device=bench.device)
-    parts = [(torch.empty(0, head.num_classes, device=bench.device), none, none)]  # a rank may get no image at all
-    for batch in bench.track(data.feature_loader("val", indices, bench.batch_size), "fine-tuned, val"):
-        batch = batch.apply(lambda tensor: tensor.to(bench.device))
+    loader = data.feature_loader("val", data.spread("val", bench.num_val), bench.batch_size)
+
+    def scores(batch: Batch) -> Tensor:
         assert batch.image is not None
-        parts.append((head.logits(encoder, batch.image), batch.label, batch.index))
-    scores, label, index = (gather_rows(torch.cat(column)) for column in zip(*parts, strict=True))
-    rows = unique_rows(index)
-    rows = rows[label[rows] >= 0]
-    if not len(rows):
+        return head.logits(encoder, batch.image)
+
+    rows, label, _ = bench.per_image(loader, scores, "fine-tuned, val")
+    if not (label >= 0).any():
         raise ConfigError("data has no readable validation image with a label.")
-    return scores[rows], label[rows]
+    return rows[label >= 0].float(), label[label >= 0]

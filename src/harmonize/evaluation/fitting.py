@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonize.evaluation.base import Bench
-from harmonize.functional.distributed import average_, rank, world_size
+from harmonize.functional.distributed import average_, copy_from_rank_0_, rank, world_size
 from harmonize.functional.schedules import learning_rate
 from harmonize.functional.seeding import mix_int
 from harmonize.functional.weight_decay import is_excluded
@@ -301,7 +301,8 @@ class _Loop:
             self.bench.say(f"{self.name}: going on after step {self.step} of {self.total_steps}.")
 
     def store(self) -> None:
-        """Make sure that what has been done need not be done again."""
+        """Make sure that what has been done need not be done again; statistics of BatchNorm become rank 0's."""
+        copy_from_rank_0_(self.network.buffers())
         state = {
             "settings": self.settings,
             "step": self.step,

@@ -1,4 +1,4 @@
-"""Accuracy against the frequency of noise: the robustness figure of arXiv:2305.00729 (8 or 9, see docs)."""
+"""Accuracy against the frequency of noise: the robustness figure of arXiv:2305.00729 (8 or 9: sources differ)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from harmonize.evaluation.base import Bench, EvaluationProtocol
 from harmonize.evaluation.classifier import classifier
 from harmonize.evaluation.features import read_specs
-from harmonize.functional.frequency_noise import band_noise, random_signs
+from harmonize.functional.frequency_noise import band_noise, random_signs, ring_mask
 from harmonize.functional.knn import topk_correct
 from harmonize.functional.seeding import mix
 from harmonize.functional.statistics import mean_and_error
@@ -62,6 +62,10 @@ class FrequencyNoise(EvaluationProtocol):
             raise ConfigError(f"eval.modes={list(self.modes)} must be some of {', '.join(MODES)}.")
         head = classifier(bench, self.head, read_specs([self.feature], bench.spec), self.l2)
         steps = [math.pi * i / max(1, self.num_frequencies - 1) for i in range(self.num_frequencies)]
+        size = bench.spec.image_size
+        if empty := [step for step in steps if not ring_mask(*size, step, self.bandwidth).any()]:
+            places = ", ".join(f"{step:.3g}" for step in empty)
+            bench.say(f"No noise at {places}: the band holds no frequency of images this small.")
         settings = [(mode, frequency) for mode in self.modes for frequency in steps]
 
         def correct(batch: Batch) -> Tensor:

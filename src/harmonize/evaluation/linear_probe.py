@@ -163,6 +163,14 @@ class LinearProbe(EvaluationProtocol):
     holdout: float = 0.1
     init_std: float = 0.01
 
+    def __post_init__(self) -> None:
+        if not self.warmup_epochs < self.epochs:
+            raise ConfigError(f"eval.warmup_epochs={self.warmup_epochs} must be below eval.epochs ({self.epochs}).")
+        try:
+            CropFlip(32, **(self.augment or {}))  # its arguments are checked before anything is read
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"eval.augment={dict(self.augment or {})} is not possible: {error}.") from error
+
     def run(self, bench: Bench) -> list[Result]:
         """Rows ``top1`` and ``top5`` of the reported head; with several heads ``grid_top1`` of each.
 

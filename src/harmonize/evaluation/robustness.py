@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harmonize.data.robustness import Robustness as RobustnessSet
+from harmonize.data.sampler import evenly
 from harmonize.evaluation.base import Bench, EvaluationProtocol
 from harmonize.evaluation.classifier import classifier
 from harmonize.evaluation.features import read_specs
@@ -76,24 +77,28 @@ class Robustness(EvaluationProtocol):
             return Result("top1", value, len(rows), error, feature=feature, series=series, note=note, **place)
 
         clean = bench.data.feature_loader("val", bench.data.spread("val", bench.num_val), bench.batch_size)
-        results = [row(top1(clean, "clean images"), "clean")]
+        results, every = [row(top1(clean, "clean images"), "clean")], []
         for condition in images.conditions:
             split, severity = condition.split, condition.severity
             what = condition.name if severity is None else f"{condition.name}, severity {severity}"
-            chosen = (
-                range(0, len(split), max(1, -(-len(split) // bench.num_val))) if bench.num_val else range(len(split))
-            )
             crop = 1.0 if images.corrupted else None
-            rows = top1(bench.data.loader_of(split, bench.batch_size, chosen, crop), what)
+            loader = bench.data.loader_of(split, bench.batch_size, evenly(len(split), bench.num_val), crop)
+            rows = top1(loader, what)
+            every.append(rows)
             place = {} if severity is None else {"axis": "severity", "at": float(severity)}
             results.append(row(rows, condition.name, **place))
-        found = results[1:]
-        if len(found) > 1:
-            value = sum(result.value for result in found) / len(found)
-            error = sum((result.error or 0.0) ** 2 for result in found) ** 0.5 / len(found)
-            num_images = sum(result.num_images for result in found)
-            feature = results[0].feature
-            results.append(
-                Result("top1", value, num_images, error, feature=feature, series="all conditions", note=note)
-            )
+        if len(every) > 1:
+            results.append(self._mean(every, images.corrupted, results[0]))
         return results
+
+    @staticmethod
+    def _mean(every: list[Tensor], same_images: bool, like: Result) -> Result:
+        """The mean over conditions, each of the same weight.
+
+        Conditions that show the same images are no independent samples: the error is then that of each image's mean
+        over conditions. Without such images there is none.
+        """
+        value, error = sum(rows.mean().item() for rows in every) / len(every), None
+        if same_images and len({len(rows) for rows in every}) == 1:
+            error = mean_and_error(torch.stack(every).mean(dim=0))[1].item()
+        return replace(like, value=value, error=error, num_images=sum(map(len, every)), series="all conditions")

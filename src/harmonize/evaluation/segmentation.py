@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmonize.data.sampler import evenly
 from harmonize.data.segmentation import IGNORE_INDEX, SegmentationSet, SegmentationSplit, ShapesMasks
 from harmonize.data.segmentation_module import SegmentationBatch, SegmentationModule
 from harmonize.data.segmentation_views import SegmentationTraining, label_map
@@ -334,11 +335,9 @@ def image_counts(bench: Bench, network: nn.Module, data: SegmentationModule, num
         data: The images.
         num_classes: C.
     """
-    total = len(data.dataset.split("val"))
-    num = total if bench.num_val is None else min(bench.num_val, total)
     height, width = bench.spec.image_size
     at_a_time = min(bench.batch_size, max(1, _MOST_SCORES // (num_classes * height * width)))
-    loader = data.window_loader("val", [total * i // num for i in range(num)], at_a_time)
+    loader = data.window_loader("val", evenly(len(data.dataset.split("val")), bench.num_val), at_a_time)
     counts = [torch.empty(0, 3, num_classes, dtype=torch.int64, device=bench.device)]
     index = [torch.empty(0, dtype=torch.int64, device=bench.device)]
     for batch in bench.track(loader, "segmentation, val"):

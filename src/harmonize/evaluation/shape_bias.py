@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harmonize.data.cue_conflict import ConflictingShapes, CueConflict
+from harmonize.data.sampler import evenly
 from harmonize.evaluation.base import Bench, EvaluationProtocol
 from harmonize.evaluation.classifier import Head, classifier, fit_head
 from harmonize.evaluation.features import read_specs
@@ -79,7 +80,8 @@ class ShapeBias(EvaluationProtocol):
         differ = differ[shape != texture] if images.shared else differ
         if not len(differ):
             raise ConfigError(f"eval.root={self.root} holds no image whose shape and texture are of different classes.")
-        chosen = _spread(differ.tolist(), bench.num_val or len(differ))
+        places = differ.tolist()
+        chosen = [places[i] for i in evenly(len(places), bench.num_val)]
         loader = bench.data.loader_of(images, bench.batch_size, chosen, eval_crop=1.0)
         rows, _, _ = bench.per_image(loader, cues, "conflicting cues")
         decided = rows.sum(dim=0)
@@ -101,8 +103,3 @@ class ShapeBias(EvaluationProtocol):
             fit_head(bench, specs, self.l2, labels, len(names))
             for labels, names in zip(images.training_factors(), classes, strict=True)
         ]
-
-
-def _spread(items: list[int], num: int) -> list[int]:
-    """At most so many of them, evenly spaced."""
-    return items if num >= len(items) else [items[len(items) * i // num] for i in range(num)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce as _differentiable_all_reduce
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -45,6 +48,21 @@ def average_(tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(mean.view_as(tensor))
 
 
+def from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def copy_from_rank_0_(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by those of rank 0."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all ranks, in rank order; ranks may hold different numbers of them. No gradient passes."""
     if world_size() == 1:
@@ -52,6 +70,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     lengths = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
+    if not max(lengths):
+        return rows
     parts = gather(padded).split(max(lengths))
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 

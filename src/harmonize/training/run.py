@@ -32,6 +32,7 @@ from harmonize.config import changed_keys, instantiate, load_config, run_dir, sa
 from harmonize.data.module import DataModule
 from harmonize.files import write_json
 from harmonize.functional.seeding import mix_int
+from harmonize.functional.weight_decay import is_excluded
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from harmonize.training.callbacks.diagnostics import Diagnostics
 from harmonize.training.callbacks.gradient_norms import GradientNorms
@@ -41,7 +42,7 @@ from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.module import PretrainModule
-from harmonize.training.optim import is_excluded, trained_parameters
+from harmonize.training.optim import trained_parameters
 from harmonize.types import ConfigError, EncoderSpec
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
