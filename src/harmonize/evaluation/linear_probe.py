@@ -79,6 +79,10 @@ class ConvergedProbe(EvaluationProtocol):
             return top_results(head(val.x), val.label, feature=str(spec))
 
 
+ROWS = 4096
+"""Images whose scores by all heads are held at a time."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Features of labelled images.
@@ -120,6 +124,12 @@ class Grid:
         """The feature (B, F) from its parts."""
         parts = [columns[spec] for spec in self.specs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def correct(self, columns: Columns) -> Tensor:
+        """Which images each head gets right, (L, M) bool; some images at a time, for scores of many heads are large."""
+        x, label = self.join(columns.x).split(ROWS), columns.label.split(ROWS)
+        parts = [[topk_correct(one, y) for one in self.stack.logits(rows)] for rows, y in zip(x, label, strict=True)]
+        return torch.cat([torch.stack(part) for part in parts], dim=1)
 
 
 @dataclass
@@ -201,8 +211,10 @@ class LinearProbe(EvaluationProtocol):
             assert train is not None
             grid, head, note = self._choose(grids, train.take(held))
         val = self._columns(bench, data, "val", specs)
-        scores = grid.stack.logits(grid.join(val.x))[head]
-        results = top_results(scores, val.label, feature=" + ".join(map(str, grid.specs)), note=note)
+        weight, bias = grid.stack.fold(head)
+        results = top_results(
+            grid.join(val.x) @ weight.T + bias, val.label, feature=" + ".join(map(str, grid.specs)), note=note
+        )
         return results + (self._every_head(grids, val) if several else [])
 
     def _columns(self, bench: Bench, data: DataModule, split: str, specs: Sequence[FeatureSpec]) -> Columns:
@@ -229,9 +241,9 @@ class LinearProbe(EvaluationProtocol):
     def _choose(self, grids: Sequence[Grid], held: Columns) -> tuple[Grid, int, str]:
         """The head with the highest accuracy on held-out training images, and a note that says so."""
         accuracy = {
-            (g, h): topk_accuracy(scores, held.label)
+            (g, h): right.double().mean().item()
             for g, grid in enumerate(grids)
-            for h, scores in enumerate(grid.stack.logits(grid.join(held.x)))
+            for h, right in enumerate(grid.correct(held))
         }
         g, h = max(accuracy, key=lambda place: accuracy[place])
         return (
@@ -244,8 +256,8 @@ class LinearProbe(EvaluationProtocol):
     def _every_head(self, grids: Sequence[Grid], val: Columns) -> list[Result]:
         results = []
         for grid in grids:
-            for lr, scores in zip(self.lrs, grid.stack.logits(grid.join(val.x)), strict=True):
-                value, error = classification_error(topk_correct(scores, val.label))
+            for lr, right in zip(self.lrs, grid.correct(val), strict=True):
+                value, error = classification_error(right)
                 feature = " + ".join(map(str, grid.specs))
                 row = Result("grid_top1", value, len(val.label), error, feature=feature, series=grid.name)
                 results.append(replace(row, axis="learning_rate", at=lr))
