@@ -223,7 +223,11 @@ def test_every_rule_is_about_a_key_that_exists(conf, analysis):
         for logger in ("wandb", "csv"):
             spelt |= set(config._keys(composed(conf, f"loss={loss}", f"logger={logger}")))
     spelt |= set(config._keys(composed(conf, "loss@loss.mim=mae")))
-    named = {key for keys, _ in rules.RELATIONS for key in keys} | {
+    for command in ("evaluate", "inspect", "export"):
+        with config.composer(command) as other:
+            for name in other.groups().get("eval", [None]):
+                spelt |= set(config._keys(composed(other, *([f"eval={name}"] if name else []))))
+    named = {key for keys, _ in rules.RELATIONS for key in keys if "._" not in key} | {
         key for key in rules.VALUES if not re.match(r"(loss|views)\.", key)
     }
     assert named <= spelt, named - spelt

@@ -183,7 +183,8 @@ def _print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     title = "percent ± one standard error, or (95 % interval)"
     if any(row["published"] is not None for row in rows):
         title += "; [published, of another network]"
-    table = Table(title=title, title_justify="left")
+    console.print(title, markup=False)
+    table = Table()
     networks = list(dict.fromkeys(row["network"] for row in rows))
     table.add_column("")
     for network in networks:

@@ -6,7 +6,7 @@ from timm.layers import DropPath
 
 from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.backbones.timm_models import TimmEncoder
-from harmonize.evaluation.base import state_hash
+from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError
 from tests.helpers import random_batch, tiny_encoder
 
@@ -20,7 +20,7 @@ def rates(blocks):
 
 def test_everything_is_trained_and_the_original_stays():
     encoder = tiny_encoder(positions="sincos_mae", freeze_patch_embed=True).requires_grad_(False).eval()
-    before = state_hash(encoder.state_dict())
+    before = weights_hash(encoder.state_dict())
     copy = trainable_copy(encoder, drop_path=0.1)
     assert all(p.requires_grad for p in copy.parameters())
     assert copy.pos_embed.requires_grad  # MAE's fixed positions become trainable
@@ -30,7 +30,7 @@ def test_everything_is_trained_and_the_original_stays():
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.add_(1)
-    assert state_hash(encoder.state_dict()) == before
+    assert weights_hash(encoder.state_dict()) == before
     assert copy.spec == encoder.spec
 
 
