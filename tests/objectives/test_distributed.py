@@ -51,20 +51,28 @@ def step(name, rank=0, world=1):
     return state | {n: b for n, b in module.named_buffers() if "running" in n}
 
 
-def work(rank, name, folder):
+def work(rank, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(step(name, rank, 2), f"{folder}/{rank}.pt")
+    for name in OBJECTIVES:
+        torch.save(step(name, rank, 2), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Two processes, started once for all objectives."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_two_ranks_equal_one(name, tmp_path):
-    mp.spawn(work, (name, str(tmp_path)), nprocs=2)
+def test_two_ranks_equal_one(name, ranks):
     whole = step(name)
     for rank in (0, 1):
-        split = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        split = torch.load(ranks / f"{name}-{rank}.pt", weights_only=True)
         assert set(split) == set(whole)
         for key, value in whole.items():
             atol = 1e-6 + 1e-5 * value.abs().max().item()  # elements near zero carry the rounding of the large ones
