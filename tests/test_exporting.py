@@ -44,6 +44,8 @@ def test_to_timm(run_folder, tmp_path, capsys):
     with torch.no_grad():
         assert model.forward_features(IMAGES).equal(encoder(IMAGES))
     printed = capsys.readouterr().out
+    assert main(["inspect", "out"]) == 0  # MoCo v3's positions do not make it a file of MoCo v3
+    assert "MoCo" not in capsys.readouterr().out
     assert "differ from the encoder's by at most 0." in printed
     assert "timm.create_model(" in printed
 

@@ -67,12 +67,14 @@ class Evidence:
         names: Of all tensors; those of the encoder are ours.
         entries: Top-level names.
         positions: Kind of absolute positions, as ``ViTEncoder`` calls them.
+        described: Whether a JSON file lies beside it, as timm, Hugging Face and our own exports write it.
     """
 
     prefix: str
     names: Collection[str]
     entries: Collection[str]
     positions: str
+    described: bool = False
 
     def has(self, pattern: str) -> bool:
         """Whether a name begins with the pattern."""
@@ -245,6 +247,7 @@ FORMATS = (
         # "best_acc1" is in files of main_lincls.py only, of which all names begin with "module."
         lambda e: (
             e.has(r"head\.")
+            and not e.described
             and (e.positions == "sincos" or ("best_acc1" in e.entries and e.prefix == "state_dict/module."))
         ),
         _PLAIN,
@@ -255,7 +258,7 @@ FORMATS = (
     Format(
         "MoCo v3, backbone",
         "an encoder with the fixed positions of MoCo v3",
-        lambda e: e.positions == "sincos",
+        lambda e: e.positions == "sincos" and not e.described,
         _PLAIN,
         {},
         {768: 12},  # at 384, MoCo v3 itself has 12 heads, but most others have 6

@@ -87,7 +87,7 @@ def recognize(file: CheckpointFile, tensors: Mapping[str, Tensor], branch: str) 
             shapes = read_shapes(encoder)
         except ValueError as error:
             raise ConfigError(f"checkpoint={file.name} {error}.") from error
-        if form.when(Evidence(prefix, encoder.keys(), file.content.keys(), shapes.positions)):
+        if form.when(Evidence(prefix, encoder.keys(), file.content.keys(), shapes.positions, bool(file.beside))):
             if branch not in ("auto", chosen):
                 allowed = ", ".join(["auto", *(name for name in present if name)])
                 raise ConfigError(
