@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shlex
 import socket
@@ -30,8 +28,8 @@ from harmonize.backbones.fine_tuning import trainable_copy
 from harmonize.config import instantiate, to_plain
 from harmonize.evaluation.base import Bench, T, frozen
 from harmonize.evaluation.classifier import Head
+from harmonize.files import digest
 from harmonize.functional.distributed import rank, world_size
-from harmonize.functional.hashing import weights_hash
 from harmonize.networks import (
     Loaded,
     choose_device,
@@ -91,7 +89,8 @@ def _evaluate(cfg: DictConfig) -> None:
         console.print(f"{loaded.name}: {cfg.run.name} on {loaded.details['data']} ...")
         with frozen(bench.encoder):
             results = protocol.run(bench)
-        rows += [_row(result, cfg, section, loaded) for result in results]
+        settings = _settings(cfg, section)
+        rows += [_row(result, cfg, settings, loaded) for result in results]
     if rank() == 0:
         paths = write_results(folder, rows, str(cfg.run.name))
         (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
@@ -105,7 +104,7 @@ def _bench(
     dataset = instantiate(section.dataset)
     encoder = loaded.encoder.to(device)
     # Networks may differ in the number of heads alone, which no weight tells.
-    network = [weights_hash(encoder.state_dict()), str(loaded.spec)]
+    network = [loaded.fingerprint, str(loaded.spec)]
 
     def make_data(**options: Any) -> Any:
         options = {"world_size": world_size(), "rank": rank()} | options
@@ -126,8 +125,8 @@ def _bench(
         dataset=dataset,
         device=device,
         seed=cfg.seed,
-        folder=folder / "state" / _hash([loaded.name, network, _settings(cfg, section), cfg.seed]),
-        cache=Path(cfg.run.root).expanduser() / "features" / _hash([network, _images(section)]),
+        folder=folder / "state" / digest([loaded.name, network, _settings(cfg, section), cfg.seed], 12),
+        cache=Path(cfg.run.root).expanduser() / "features" / digest([network, _images(section)], 12),
         batch_size=cfg.batch_size,
         num_train=cfg.num_train,
         num_val=cfg.num_val,
@@ -147,11 +146,12 @@ def _images(section: DictConfig) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, section: DictConfig) -> str:
     """Digest of the protocol's settings and of the images."""
-    return _hash([to_plain(cfg.eval), _images(section), cfg.num_train, cfg.num_val])
+    return digest([to_plain(cfg.eval), _images(section), cfg.num_train, cfg.num_val], 12)
 
 
-def _row(result: Result, cfg: DictConfig, section: DictConfig, loaded: Loaded) -> dict[str, Any]:
+def _row(result: Result, cfg: DictConfig, settings: str, loaded: Loaded) -> dict[str, Any]:
     beside = published(str(cfg.run.name), loaded.objective, loaded.spec, result.at, result.series)
+    beside = beside if result.metric == "top1" else None
     low, high = result.interval or (None, None)
     return {
         "protocol": str(cfg.run.name),
@@ -170,10 +170,10 @@ def _row(result: Result, cfg: DictConfig, section: DictConfig, loaded: Loaded) -
         "seed": cfg.seed,
         "checkpoint": loaded.checkpoint,
         "fingerprint": loaded.fingerprint,
-        "settings": _settings(cfg, section),
+        "settings": settings,
         "note": result.note,
-        "published": beside.value if beside and result.metric == "top1" else None,
-        "published_source": beside.source if beside and result.metric == "top1" else "",
+        "published": beside.value if beside else None,
+        "published_source": beside.source if beside else "",
         "harmonize": __version__,
     }
 
@@ -211,10 +211,6 @@ def _percent(row: dict[str, Any]) -> str:
     error = row["standard_error"]
     beside = "" if row["published"] is None else f" [{100 * row['published']:.1f}]"
     return f"{100 * row['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + beside
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import importlib
 import inspect
-import json
 import keyword
 import os
 import re
@@ -29,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from harmonize.files import digest
 from harmonize.rules import OPTIONAL, PARTS, get, is_number, show, violations
 from harmonize.types import ConfigError
 
@@ -542,9 +541,7 @@ def run_dir(config: DictConfig | Mapping[str, Any]) -> Path:
     run = to_plain(config)["run"]
     if run.get("dir"):
         return Path(run["dir"]).expanduser()
-    text = json.dumps(_result(config), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path(run["root"]).expanduser() / f"{run.get('name', 'run')}-{digest}"
+    return Path(run["root"]).expanduser() / f"{run.get('name', 'run')}-{digest(_result(config), 8)}"
 
 
 def save_config(config: DictConfig | Mapping[str, Any], path: str | Path) -> None:

@@ -78,9 +78,9 @@ def _results(loaded: Loaded) -> list[Result]:
     latest: dict[str, float] = {}
     for row in read_rows(rows) if rows.is_file() else ():
         latest |= {key: value for key, value in row.items() if key.startswith("val/") and value is not None}
-    num_images = ((loaded.config or {}).get("callbacks") or {}).get("probe") or {}
+    probe = ((loaded.config or {}).get("callbacks") or {}).get("probe") or {}
     return [
-        Result(name, latest[f"val/{name}"], int(num_images.get("num_val") or 0), latest.get(f"val/{name}_se"))
+        Result(name, latest[f"val/{name}"], int(probe.get("num_val") or 0), latest.get(f"val/{name}_se"))
         for name in ("knn_top1", "linear_top1")
         if f"val/{name}" in latest
     ]

@@ -1,7 +1,8 @@
-"""Writing files whole or not at all: whoever reads one, or is left with one after a crash, never sees half of it."""
+"""Files and their names: written whole or not at all, so that nobody sees half of one, and named by what they hold."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,15 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file; NaN and infinities become null, which JSON lacks a word for."""
     write_whole(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def digest(value: Any, length: int) -> str:
+    """The first ``length`` hexadecimal digits of the SHA-256 of a plain value, whatever the order of its keys.
+
+    >>> digest({"a": 1, "b": [2]}, 8) == digest({"b": [2], "a": 1}, 8)
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def finite(value: Any) -> Any:

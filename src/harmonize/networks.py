@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from harmonize.checkpoints.official import build, interpret, kind_of
 from harmonize.checkpoints.own import OwnCheckpoint, find_file
 from harmonize.checkpoints.reading import CheckpointFile, read_file
 from harmonize.checkpoints.resizing import resize_state
-from harmonize.checkpoints.single_file import architecture_of, load_exported, read_exported
+from harmonize.checkpoints.single_file import architecture_of, open_exported
 from harmonize.config import composer, instantiate, locate, to_plain
 from harmonize.data.module import DataModule
 from harmonize.evaluation.classifier import Head
+from harmonize.files import digest
 from harmonize.functional.hashing import weights_hash
 from harmonize.functional.seeding import mix_int
 from harmonize.types import ConfigError, EncoderSpec, FeatureSpec
@@ -81,9 +82,9 @@ class Loaded:
         """The encoder's."""
         return self.encoder.spec  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """The first digits of the SHA-256 of the encoder's weights."""
+        """The first digits of the SHA-256 of the encoder's weights, which are frozen."""
         return weights_hash(self.encoder.state_dict())[:16]
 
 
@@ -223,13 +224,12 @@ def save_fine_tuned(path: Path, encoder: nn.Module, head: Head, loaded: Loaded, 
 
 
 def _load_exported(file: CheckpointFile, name: str, cfg: DictConfig, with_untrained: bool) -> Loaded:
-    encoder = load_exported(file.path)
+    encoder, stored = open_exported(file.path)
     size = encoder.spec.image_size
     if cfg.image_size is not None and size != (cfg.image_size, cfg.image_size):
         raise ConfigError(
             f"image_size must be null for an exported file, not {cfg.image_size}; export it at that size instead."
         )
-    stored = read_exported(file.path)
     facts = stored.metadata["facts"]
     weight = facts["weight"]
     return Loaded(
@@ -373,8 +373,7 @@ def short_names(checkpoints: list[str]) -> list[str]:
 def default_folder(cfg: DictConfig, names: list[str]) -> Path:
     """A pure function of the configuration: the same command writes the same folder."""
     plain = {key: value for key, value in to_plain(cfg).items() if key not in ("run", "hydra")}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.run.root).expanduser() / f"{slug('-'.join(names))[:80]}-{digest}"
+    return Path(cfg.run.root).expanduser() / f"{slug('-'.join(names))[:80]}-{digest(plain, 8)}"
 
 
 def choose_device(accelerator: str) -> torch.device:

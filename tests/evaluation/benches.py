@@ -95,6 +95,18 @@ class Reader(nn.Module):
         return tokens
 
 
+def killed_after(num):
+    """A progress display under which an evaluation ends after so many items of a loop."""
+
+    def track(items, what):
+        for i, item in enumerate(items):
+            if i == num:
+                raise KeyboardInterrupt
+            yield item
+
+    return track
+
+
 def make_bench(folder, dataset=None, encoder=None, data_options=None, **options):
     """What a protocol works with; ``data_options`` are arguments of ``DataModule``."""
     dataset = dataset or patterns()

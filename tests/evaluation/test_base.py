@@ -11,7 +11,7 @@ from harmonize.evaluation.base import frozen
 from harmonize.evaluation.features import extract
 from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError, FeatureSpec
-from tests.evaluation.benches import count_images, make_bench, on_ranks, patterns
+from tests.evaluation.benches import count_images, killed_after, make_bench, on_ranks, patterns
 from tests.helpers import tiny_encoder
 
 SPECS = [FeatureSpec(-1, "cls"), FeatureSpec(1, "patch_mean", False)]
@@ -103,14 +103,8 @@ def test_a_kill_loses_the_part_that_is_being_made(tmp_path, monkeypatch):
     whole = make_bench(tmp_path / "whole", encoder=encoder).features("train", SPECS)
     seen.clear()
 
-    def until_killed(items, what):
-        for i, item in enumerate(items):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield item
-
     with pytest.raises(KeyboardInterrupt):
-        make_bench(tmp_path / "part", encoder=encoder, track=until_killed).features("train", SPECS)
+        make_bench(tmp_path / "part", encoder=encoder, track=killed_after(2)).features("train", SPECS)
     assert sum(seen) == 20
     forward = encoder.iter_blocks
 

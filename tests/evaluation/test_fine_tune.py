@@ -16,6 +16,7 @@ from harmonize.evaluation.fine_tune import Classifier, FineTune, class_scores
 from harmonize.functional import distributed
 from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError, FeatureSpec
+from tests.evaluation.benches import killed_after
 from tests.helpers import random_batch, tiny_encoder
 
 EASY = {
@@ -98,14 +99,8 @@ def test_interrupted_it_goes_on_to_the_same_result(tmp_path):
     whole = FineTune(**settings).run(make_bench(tmp_path / "whole", keep=keep))
     assert [row.series for row in whole] == ["", "EMA"]
 
-    def until_killed(items, what):
-        for i, item in enumerate(items):
-            if i == 6:
-                raise KeyboardInterrupt
-            yield item
-
     with pytest.raises(KeyboardInterrupt):
-        FineTune(**settings).run(make_bench(tmp_path / "part", track=until_killed))
+        FineTune(**settings).run(make_bench(tmp_path / "part", track=killed_after(6)))
     said = []
     resumed = FineTune(**settings).run(make_bench(tmp_path / "part", keep=keep, say=said.append))
     assert said == ["fine_tune: going on after step 4 of 12."]

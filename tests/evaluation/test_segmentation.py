@@ -26,6 +26,7 @@ from harmonize.evaluation.segmentation import (
 from harmonize.functional.hashing import weights_hash
 from harmonize.functional.segmentation import mean_iou, pixel_counts
 from harmonize.types import ConfigError
+from tests.evaluation.benches import killed_after
 from tests.helpers import random_batch, tiny_encoder
 
 EASY = {"epochs": 4, "batch_size": 8, "lr": 1e-2, "precision": "32", "scale": [1.0, 1.0]}
@@ -123,14 +124,8 @@ def test_interrupted_it_goes_on_to_the_same_result(tmp_path, settings):
     settings = EASY | {"epochs": 2, "scale": [0.5, 2.0]} | settings
     whole = Segmentation(**settings).run(make_bench(tmp_path / "whole"))
 
-    def until_killed(items, what):
-        for i, item in enumerate(items):
-            if i == 6:
-                raise KeyboardInterrupt
-            yield item
-
     with pytest.raises(KeyboardInterrupt):
-        Segmentation(**settings).run(make_bench(tmp_path / "part", track=until_killed))
+        Segmentation(**settings).run(make_bench(tmp_path / "part", track=killed_after(6)))
     said = []
     assert Segmentation(**settings).run(make_bench(tmp_path / "part", say=said.append)) == whole
     assert said == ["segmentation: going on after step 4 of 8."]

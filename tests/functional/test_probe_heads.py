@@ -175,7 +175,9 @@ def test_columns_of_a_wider_matrix_and_half_precision():
     sliced.step(wide[:, FEATURES : 2 * FEATURES], labels)
     close(sliced.weight, plain.weight)
     half.step(x.half(), labels)
-    torch.testing.assert_close(half.weight, plain.weight, rtol=1e-2, atol=1e-2)
+    rounded = stack()
+    rounded.step(x.half().to(rounded.weight.dtype), labels)  # half precision costs the rounding of the features alone
+    assert half.weight.equal(rounded.weight)
 
 
 @pytest.mark.parametrize(

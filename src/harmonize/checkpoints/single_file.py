@@ -86,20 +86,24 @@ def save_encoder(encoder: ViTEncoder, path: Path, facts: CardFacts, fingerprint:
 
 
 def read_exported(path: str | Path) -> StoredEncoder:
-    """Read a file that :func:`save_encoder` wrote; see :func:`load_exported` for what is checked."""
-    stored = _read(Path(path).expanduser())
-    _build(stored, path)
-    return stored
+    """What a file that :func:`save_encoder` wrote holds; see :func:`open_exported` for what is checked."""
+    return open_exported(path)[1]
 
 
 def load_exported(path: str | Path) -> ViTEncoder:
-    """The encoder in a file that :func:`save_encoder` wrote, in eval mode.
+    """The encoder in a file that :func:`save_encoder` wrote, in eval mode; see :func:`open_exported`."""
+    return open_exported(path)[0]
+
+
+def open_exported(path: str | Path) -> tuple[ViTEncoder, StoredEncoder]:
+    """The encoder in a file that :func:`save_encoder` wrote, in eval mode, and what else the file holds.
 
     Raises:
         ConfigError: There is no such file, it cannot be read, weights and architecture do not fit, or the features are
             not those that the weights were saved with.
     """
-    return _build(_read(Path(path).expanduser()), path)
+    stored = _read(Path(path).expanduser())
+    return _build(stored, path), stored
 
 
 def _read(path: Path) -> StoredEncoder:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 
 from harmonize.data.module import DataModule
 from harmonize.evaluation.features import Features, extract, resolve
-from harmonize.files import write_whole
-from harmonize.functional.distributed import from_rank_0, gather_rows, rank, unique_rows
+from harmonize.files import digest, write_whole
+from harmonize.functional.distributed import from_rank_0, gather_images, gather_rows, rank, wait_for_all
 from harmonize.functional.hashing import weights_hash
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec, Result
 
@@ -110,7 +108,7 @@ class Bench:
             content = io.BytesIO()
             torch.save(dict(state), content)
             write_whole(self.folder / f"{name}.state", content.getvalue())
-        _wait_for_all()
+        wait_for_all()
 
     def features(
         self, split: str, specs: Sequence[FeatureSpec], data: DataModule | None = None, key: str = ""
@@ -131,21 +129,21 @@ class Bench:
         indices = data.spread(split, self.num_train if split == "train" else self.num_val)  # type: ignore[arg-type]
         parts = [indices[i : i + PART] for i in range(0, len(indices), PART)]
         found: list[list[Features]] = []
-        with frozen(self.encoder):
-            for part in self.track(parts, f"features, {split}") if len(parts) > 1 else parts:
-                images = [self.data.classes, data.names(split, part), list(part)]  # type: ignore[arg-type]
-                files = {spec: self._file(split, spec, images, key) for spec in specs}
-                # Rank 0 decides: another evaluation may be filling the same cache.
-                missing = from_rank_0([spec for spec in dict.fromkeys(specs) if not files[spec].is_file()])
-                if missing:
-                    loader: Iterable[Any] = data.feature_loader(split, part, self.batch_size)  # type: ignore[arg-type]
-                    if len(parts) == 1:
-                        loader = self.track(loader, f"features, {split}")
-                    for features in extract(self.encoder, loader, missing, self.device):
-                        if rank() == 0:
-                            self._store(files[features.spec], features)
-                    _wait_for_all()
-                found.append([self._read(files[spec], spec) for spec in specs])
+        for part in self.track(parts, f"features, {split}") if len(parts) > 1 else parts:
+            images = [self.data.classes, data.names(split, part), list(part)]  # type: ignore[arg-type]
+            files = {spec: self._file(split, spec, images, key) for spec in specs}
+            # Rank 0 decides: another evaluation may be filling the same cache.
+            missing = from_rank_0([spec for spec in dict.fromkeys(specs) if not files[spec].is_file()])
+            if missing:
+                loader: Iterable[Batch] = data.feature_loader(split, part, self.batch_size)  # type: ignore[arg-type]
+                if len(parts) == 1:
+                    loader = self.track(loader, f"features, {split}")
+                with frozen(self.encoder):
+                    computed = extract(self.encoder, loader, missing, self.device)
+                for features in computed if rank() == 0 else ():
+                    self._store(files[features.spec], features)
+                wait_for_all()
+            found.append([self._read(files[spec], spec) for spec in specs])
         return [_join(column) for column in zip(*found, strict=True)]
 
     def per_image(
@@ -169,13 +167,12 @@ class Bench:
         none = torch.empty(0, dtype=torch.int64, device=self.device)  # a rank may get no image at all
         no_rows = torch.empty(0, int(gather_rows(width).max()), dtype=torch.float64, device=self.device)
         parts.append((no_rows, none, none))
-        rows, label, index = (gather_rows(torch.cat(column)) for column in zip(*parts, strict=True))
-        keep = unique_rows(index)
-        return rows[keep], label[keep], index[keep]
+        rows, label, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        index, rows, label = gather_images(index, rows, label)
+        return rows, label, index
 
     def _file(self, split: str, spec: FeatureSpec, images: list[Any], key: str) -> Path:
-        name = hashlib.sha256(json.dumps([str(spec), images, key]).encode()).hexdigest()[:16]
-        return self.cache / f"{split}-{name}.safetensors"
+        return self.cache / f"{split}-{digest([str(spec), images, key], 16)}.safetensors"
 
     def _store(self, path: Path, features: Features) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,11 +190,6 @@ PART = 8192
 def _join(parts: Sequence[Features]) -> Features:
     x, label, index = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "label", "index"))
     return Features(x, label, index, parts[0].spec)
-
-
-def _wait_for_all() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonize.functional.distributed import gather_rows, unique_rows
+from harmonize.functional.distributed import gather_images
 from harmonize.types import Batch, ConfigError, EncoderSpec, FeatureSpec
 
 POOLS = ("cls", "patch_mean", "cls_patch_mean")
@@ -179,9 +179,9 @@ class FeatureCollector:
             none = torch.zeros(0, dtype=torch.int64, device=device)
             widths = [feature_width(spec, shape) for spec in self.specs]
             columns = [none, none, *(torch.zeros(0, width, device=device) for width in widths)]
-        label, index, *features = (gather_rows(column) for column in columns)
-        keep = unique_rows(index)
-        return [Features(x[keep], label[keep], index[keep], s) for x, s in zip(features, self.specs, strict=True)]
+        label, index, *features = columns
+        index, label, *features = gather_images(index, label, *features)
+        return [Features(x, label, index, spec) for x, spec in zip(features, self.specs, strict=True)]
 
 
 def extract(

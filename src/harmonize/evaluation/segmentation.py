@@ -21,7 +21,7 @@ from harmonize.data.segmentation_views import SegmentationTraining, label_map
 from harmonize.evaluation.base import Bench, EvaluationProtocol
 from harmonize.evaluation.features import resolve
 from harmonize.evaluation.fitting import Training, fit
-from harmonize.functional.distributed import gather_rows, rank, unique_rows, world_size
+from harmonize.functional.distributed import gather_images, rank, world_size
 from harmonize.functional.seeding import mix_int
 from harmonize.functional.segmentation import intersection_over_union, mean_iou, pixel_accuracy, pixel_counts
 from harmonize.functional.statistics import bootstrap_interval
@@ -349,8 +349,7 @@ def image_counts(bench: Bench, network: nn.Module, data: SegmentationModule, num
             predicted = label_map(merged, (mask.shape[0], mask.shape[1]))
             counts.append(pixel_counts(predicted, mask, num_classes, IGNORE_INDEX)[None])
         index.append(batch.index)
-    rows, indices = gather_rows(torch.cat(counts)), gather_rows(torch.cat(index))
-    return rows[unique_rows(indices)]
+    return gather_images(torch.cat(index), torch.cat(counts))[1]
 
 
 def _rows(counts: Tensor, classes: Sequence[str], series: str, **row: Any) -> list[Result]:

@@ -76,6 +76,30 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
+def wait_for_all() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_images(index: Tensor, *columns: Tensor) -> list[Tensor]:
+    """Rows about images, of all ranks: each image once, in the order of the images.
+
+    Args:
+        index: (M,) int64, the position of the image that each row is about.
+        *columns: (M, ...), rows in the same order.
+
+    Returns:
+        The positions, ascending, then each of the columns; every rank must call it and receives the same.
+
+    >>> gather_images(torch.tensor([7, 3, 7]), torch.tensor([0.7, 0.3, 0.7]))
+    [tensor([3, 7]), tensor([0.3000, 0.7000])]
+    """
+    gathered = [gather_rows(column) for column in (index, *columns)]
+    keep = unique_rows(gathered[0])
+    return [column[keep] for column in gathered]
+
+
 def unique_rows(index: Tensor) -> Tensor:
     """Positions of the rows of a gathered table, in the order of ``index`` (M,), the first of equal ones alone.
 

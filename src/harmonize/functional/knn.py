@@ -169,6 +169,23 @@ def _check(k: Sequence[int], temperatures: Sequence[float]) -> None:
         raise ValueError(f"temperatures={list(temperatures)} must name temperatures above 0.")
 
 
+def _votes(
+    train_features: Tensor,
+    train_labels: Tensor,
+    queries: Tensor,
+    num_classes: int,
+    k: Sequence[int],
+    temperatures: Sequence[float],
+    max_bytes: int,
+) -> Iterator[tuple[slice, dict[tuple[int, float], Tensor]]]:
+    """Some queries at a time: which, and :func:`neighbour_votes` of them."""
+    start = 0
+    for similarity, neighbours in nearest_neighbours(train_features, queries, max(k), max_bytes):
+        stop = start + len(similarity)
+        yield slice(start, stop), neighbour_votes(similarity, train_labels[neighbours], num_classes, k, temperatures)
+        start = stop
+
+
 def knn_votes(
     train_features: Tensor,
     train_labels: Tensor,
@@ -211,12 +228,9 @@ def knn_votes(
         for number in k
         for t in temperatures
     }
-    start = 0
-    for similarity, neighbours in nearest_neighbours(train_features, queries, max(k), max_bytes):
-        votes = neighbour_votes(similarity, train_labels[neighbours], num_classes, k, temperatures)
+    for rows, votes in _votes(train_features, train_labels, queries, num_classes, k, temperatures, max_bytes):
         for setting, part in votes.items():
-            found[setting][start : start + len(part)] = part
-        start += len(similarity)
+            found[setting][rows] = part
     return found
 
 
@@ -261,15 +275,11 @@ def knn_correct(
         for number in k
         for t in temperatures
     }
-    start = 0
-    for similarity, neighbours in nearest_neighbours(train_features, queries, max(k), max_bytes):
-        stop = start + len(similarity)
-        votes = neighbour_votes(similarity, train_labels[neighbours], num_classes, k, temperatures)
+    for rows, votes in _votes(train_features, train_labels, queries, num_classes, k, temperatures, max_bytes):
         for setting, part in votes.items():
-            rank = _rank(part, labels[start:stop])
+            rank = _rank(part, labels[rows])
             for i, number in enumerate(top):
-                found[setting][i, start:stop] = rank < number
-        start = stop
+                found[setting][i, rows] = rank < number
     return found
 
 
