@@ -184,12 +184,13 @@ VALUES: dict[str, Rule] = {
     "data.patch_size": whole(1),
     "data.batch_size": whole(1),
     "data.num_workers": whole(0),
+    "data.augment": one_of("auto", "workers", "device"),
     "data.num_train": whole(1) | NULL,
     "data.num_val": whole(1) | NULL,
     "data.eval_crop": number("(0, 1]"),
     "data.val_fraction": INSIDE,
     "data.max_pixels": whole(1),
-    "data.cache": BOOL,
+    "data.cache": one_of("auto", True, False),
     "data.cache_size": whole(1) | NULL,
     "data.class_list": PATH | NULL,
     "data.download": BOOL,
@@ -215,6 +216,7 @@ VALUES: dict[str, Rule] = {
     ),
     "loss.mim_view": one_of("own", "contrastive"),
     "loss.contrastive_input": one_of("clean", "masked"),
+    "loss.share_views": BOOL,
     "loss.contrastive": SECTION,
     "loss.mim": SECTION,
     **{
@@ -237,6 +239,7 @@ VALUES: dict[str, Rule] = {
             "decoder_depth": whole(1),
             "decoder_heads": whole(1),
             "recipe": TEXT,
+            "images_at_once": whole(1) | NULL,
         }.items()
     },
     **{
@@ -278,6 +281,9 @@ VALUES: dict[str, Rule] = {
     "trainer.devices": whole(1),
     "trainer.num_nodes": whole(1),
     "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16", "auto").passes, "32, bf16, fp16 or auto"),
+    "trainer.compile": one_of("auto", True, False),
+    "trainer.activation_checkpointing": BOOL,
+    "trainer.images_at_once": whole(1) | NULL,
     "trainer.accumulate": whole(1),
     "trainer.log_every_n_steps": whole(1),
     "trainer.val_every_n_epochs": whole(1),
@@ -380,6 +386,7 @@ TAKEN_FROM = {
     "backbone.patch_size": "data.patch_size",
     "diagnostics.num_images": "num_images",
     "diagnostics.batch_size": "batch_size",
+    **{f"{loss}.images_at_once": "trainer.images_at_once" for loss in LOSSES},
 }
 
 

@@ -22,6 +22,8 @@ OBJECTIVES = {
     "mim": MaskedImageModeling,
     "mae": MAE,
     "hybrid": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2),
+    "shared": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2, share_views=True),
+    "in chunks": partial(CONTRASTIVE, images_at_once=2),
 }
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from harmonize.objectives.contrastive import Contrastive
 from harmonize.objectives.hybrid import Hybrid
@@ -46,16 +47,70 @@ def test_the_ends_are_the_parents_bit_for_bit(weight, parent):
     assert hybrid.required_views == parent(tiny_encoder()).required_views
 
 
+# Shared views
+
+
+@pytest.mark.parametrize("mim", [SIMMIM, MAE])
+def test_shared_views_are_those_of_separate_passes(mim):
+    encoder = tiny_encoder().double()
+    hybrid = Hybrid(encoder, CONTRASTIVE, mim, 0.3, share_views=True).double()
+    batch = random_batch()
+    first, second = views = tuple(view.double() for view in batch.views["contrastive"])
+    batch.views = {"contrastive": views, "mim": (first,)}
+    output = hybrid(encoder, batch, Progress(0, 1))
+
+    reconstruction = hybrid.mim(encoder, batch, Progress(0, 1))
+    masked = hybrid.mim.encode(encoder, first, hybrid.mim.mask(batch.seed))
+    queries = masked[:, 0], encoder(second)[:, 0]
+    contrast = hybrid.contrastive(encoder, batch, Progress(0, 1), queries)
+    torch.testing.assert_close(output.terms["mim"], reconstruction.loss)
+    torch.testing.assert_close(output.terms["contrastive"], contrast.loss)
+    assert output.stats.keys() == {"lambda", *reconstruction.stats, *contrast.stats}
+    assert contrast.loss != hybrid.contrastive(encoder, batch, Progress(0, 1)).loss, "the mask must matter"
+
+
+def test_shared_views_save_an_encoder_pass():
+    def flops(mixed, views):
+        encoder = tiny_encoder(depth=6)
+        objective = mixed(encoder)
+        batch = random_batch()
+        batch.views = {name: batch.views[name] for name in views}
+        calls = []
+        handle = encoder.register_forward_hook(lambda *_: calls.append(1))
+        with FlopCounterMode(display=False) as counter:
+            objective(encoder, batch, Progress(0, 1)).loss.backward()
+        handle.remove()
+        return counter.get_total_flops(), len(calls)
+
+    parts = flops(CONTRASTIVE, ["contrastive"])[0] + flops(SIMMIM, ["mim"])[0]
+    shared, num_passes = flops(lambda e: Hybrid(e, CONTRASTIVE, SIMMIM, 0.3, share_views=True), ["contrastive"])
+    assert num_passes == 1
+    assert shared < 0.8 * parts
+
+
+@pytest.mark.parametrize(("weight", "parent"), [(0, partial(SIMMIM, recipe="moco_v3")), (1, CONTRASTIVE)])
+def test_shared_views_change_nothing_where_one_part_is_alone(weight, parent):
+    encoder = tiny_encoder()
+    batch = random_batch()
+    batch.views["mim"] = batch.views["contrastive"][:1]
+    torch.manual_seed(1)
+    alone = parent(encoder)(encoder, batch, Progress(0, 1))
+    torch.manual_seed(1)
+    hybrid = Hybrid(encoder, CONTRASTIVE, SIMMIM, weight, share_views=True)
+    assert hybrid(encoder, batch, Progress(0, 1)).loss == alone.loss
+    assert hybrid.required_views == {"contrastive": "moco_v3"}
+
+
 @pytest.mark.parametrize("mim", [SIMMIM, MAE])
 @pytest.mark.parametrize("contrastive_input", ["clean", "masked"])
-@pytest.mark.parametrize("mim_view", ["own", "contrastive"])
-def test_weighted_sum_of_both_terms(mim, contrastive_input, mim_view):
+@pytest.mark.parametrize(("mim_view", "share_views"), [("own", False), ("contrastive", False), ("own", True)])
+def test_weighted_sum_of_both_terms(mim, contrastive_input, mim_view, share_views):
     encoder = tiny_encoder()
-    hybrid = Hybrid(encoder, CONTRASTIVE, mim, 0.3, mim_view, contrastive_input)
+    hybrid = Hybrid(encoder, CONTRASTIVE, mim, 0.3, mim_view, contrastive_input, share_views)
     output = hybrid(encoder, random_batch(), Progress(0, 1))
     terms = {name: term.item() for name, term in output.terms.items()}
     assert output.loss.item() == pytest.approx(0.7 * terms["mim"] + 0.3 * terms["contrastive"], rel=1e-6)
-    assert ("mim" in hybrid.required_views) == (mim_view == "own")
+    assert ("mim" in hybrid.required_views) == (mim_view == "own" and not share_views)
     output.loss.backward()
     unused = [n for m in (encoder, hybrid) for n, p in m.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused

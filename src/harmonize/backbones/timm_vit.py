@@ -10,6 +10,7 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from harmonize.backbones.tap import Visit, visit_blocks
 from harmonize.functional.positions import relative_position_index, sincos_2d
@@ -190,8 +191,13 @@ class ViTEncoder(VisionTransformer):
 
     def _run_blocks(self, tokens: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         """The tokens after each block; ``positions`` says which tokens these are where some are left out."""
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block, bias in zip(self.blocks, self._biases(positions), strict=True):
-            tokens = block(tokens) if bias is None else block(tokens, attn_mask=bias)
+            options = {} if bias is None else {"attn_mask": bias}
+            if recompute:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **options)
+            else:
+                tokens = block(tokens, **options)
             yield tokens
 
     def _encode(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -40,16 +40,25 @@ def mix(*values: int | Tensor) -> Tensor:
     >>> mix(1, torch.tensor([2, 3])).tolist() == [mix(1, 2).item(), mix(1, 3).item()]
     True
     """
-    state = torch.zeros((), dtype=torch.int64)
+    state: int | Tensor = 0
     for value in values:
-        value = value if isinstance(value, Tensor) else torch.tensor(_signed(value), dtype=torch.int64)
-        if value.device != state.device and state.dim() == 0:
-            state = state.to(value.device)
+        if not isinstance(state, Tensor) and not isinstance(value, Tensor):
+            state = _step(state, value)
+            continue
+        # numbers stay numbers: moving them to a GPU would make the host wait for it
+        state, value = (x if isinstance(x, Tensor) else _signed(x) for x in (state, value))
         state = (state ^ value) + _GOLDEN
         state = (state ^ _shift(state, 30)) * _M1
         state = (state ^ _shift(state, 27)) * _M2
         state = state ^ _shift(state, 31)
-    return state
+    return state if isinstance(state, Tensor) else torch.tensor(_signed(state), dtype=torch.int64)
+
+
+def _step(state: int, value: int) -> int:
+    state = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 def mix_int(*values: int) -> int:
@@ -63,10 +72,7 @@ def mix_int(*values: int) -> int:
     """
     state = 0
     for value in values:
-        state = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state = state ^ (state >> 31)
+        state = _step(state, value)
     return state % (1 << 63)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from harmonize.functional import schedules
 from harmonize.functional.contrastive import chance_level, embedding_std, info_nce
 from harmonize.functional.distributed import gather, rank, world_size
+from harmonize.objectives.chunks import in_chunks
 from harmonize.objectives.heads import mlp_head
 from harmonize.types import Batch, Encoder, ObjectiveOutput, Progress
 
@@ -32,6 +32,7 @@ class Contrastive(nn.Module):
         predictor_layers: Linear layers of the predictor.
         pool: Feature that is projected: ``cls`` or ``patch_mean``.
         recipe: Augmentation recipe of the two views.
+        images_at_once: Images of a batch that are encoded at a time, see ``in_chunks``; None: all of them.
 
     Source: MoCo v3 ``moco/builder.py``, ``main_moco.py``.
     """
@@ -48,6 +49,7 @@ class Contrastive(nn.Module):
         predictor_layers: int = 2,
         pool: str = "cls",
         recipe: str = "moco_v3",
+        images_at_once: int | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -64,6 +66,7 @@ class Contrastive(nn.Module):
         self.momentum = momentum
         self.momentum_schedule = momentum_schedule
         self.pool = pool
+        self.images_at_once = images_at_once
         self.num_prefix_tokens = encoder.spec.num_prefix_tokens
         self.required_views = {"contrastive": recipe}
         self.projector = mlp_head(encoder.spec.width, hidden_dim, out_dim, projector_layers)
@@ -93,20 +96,20 @@ class Contrastive(nn.Module):
         ):
             torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), weight)
 
-    def _embed(
-        self, encode: Callable[[Tensor], Tensor], projector: nn.Module, views: tuple[Tensor, ...]
-    ) -> list[Tensor]:
-        """Project each view: one pass through the encoder, one per view through the projector (its BatchNorm)."""
-        tokens = encode(torch.cat(views))
-        features = tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return [projector(part) for part in features.chunk(len(views))]
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The feature (B, D) of tokens (B, P + N, D) that is projected; patches may be left out."""
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def _features(self, encoder: Encoder, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The feature (B, D) of each view, from one pass through the encoder."""
+        return self.pooled(encoder(torch.cat(views))).chunk(len(views))
 
     def forward(
         self,
         encoder: Encoder,
         batch: Batch,
         progress: Progress,
-        encode: Callable[[Tensor], Tensor] | None = None,
+        features: tuple[Tensor, ...] | None = None,
     ) -> ObjectiveOutput:
         """The loss of one micro-batch.
 
@@ -114,15 +117,18 @@ class Contrastive(nn.Module):
             encoder: The encoder to train.
             batch: With two views under ``"contrastive"``.
             progress: For the statistics.
-            encode: How queries are encoded, images (2B, 3, h, w) -> tokens; the encoder itself if not given.
+            features: What becomes the queries, (B, D) for each view, where the views have been encoded already.
 
         Returns:
             The loss, its raw term ``"contrastive"``, and the statistics of queries and keys.
         """
         views = batch.views["contrastive"]
-        q1, q2 = (self.predictor(z) for z in self._embed(encode or encoder, self.projector, views))
+        if features is None:
+            features = in_chunks(lambda *some: self._features(encoder, some), self.images_at_once, *views)
+        q1, q2 = (self.predictor(self.projector(feature)) for feature in features)  # BatchNorm: view by view
         with torch.no_grad():
-            k1, k2 = self._embed(self.momentum_encoder, self.momentum_projector, views)
+            features = in_chunks(lambda *some: self._features(self.momentum_encoder, some), self.images_at_once, *views)
+            k1, k2 = map(self.momentum_projector, features)
         offset = len(q1) * rank()
         with torch.autocast(q1.device.type, enabled=False):
             loss12, accuracy12 = info_nce(q1, gather(k2.float()), self.temperature, offset)

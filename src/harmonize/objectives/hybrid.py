@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from harmonize.functional.schedules import weight_schedule
 from harmonize.functional.seeding import mix
+from harmonize.objectives.chunks import in_chunks
 from harmonize.objectives.contrastive import Contrastive
 from harmonize.objectives.mim import MaskedPrediction
 from harmonize.types import Batch, Encoder, ObjectiveOutput, Progress
@@ -31,6 +31,8 @@ class Hybrid(nn.Module):
         mim_view: ``own``: the MIM objective's own recipe; ``contrastive``: the first contrastive view.
         contrastive_input: ``clean``: queries see whole views; ``masked``: they see views masked as in MIM (keys
             always see whole views).
+        share_views: Encode the masked view once for both parts: it is the first contrastive view, and its tokens make
+            both the reconstruction and the first query. Where only one part has a weight there is nothing to share.
 
     Raises:
         ValueError: For a value outside these.
@@ -44,6 +46,7 @@ class Hybrid(nn.Module):
         lambda_: float | Mapping[str, float | str] = 0.2,
         mim_view: str = "own",
         contrastive_input: str = "clean",
+        share_views: bool = False,
     ) -> None:
         super().__init__()
         if mim_view not in ("own", "contrastive"):
@@ -51,7 +54,8 @@ class Hybrid(nn.Module):
         if contrastive_input not in ("clean", "masked"):
             raise ValueError(f"contrastive_input={contrastive_input} must be one of clean, masked")
         self.weight = weight_schedule(lambda_)
-        self.share_view = mim_view == "contrastive"
+        self.share_views = share_views
+        self.one_view = share_views or mim_view == "contrastive"
         self.mask_contrastive = contrastive_input == "masked"
         self.scheduled = isinstance(lambda_, Mapping)
         state = torch.get_rng_state()
@@ -60,7 +64,7 @@ class Hybrid(nn.Module):
             self.mim = mim(encoder)
             self.mim.decoder.requires_grad_(lambda_ != 1)
             torch.set_rng_state(state)
-        if lambda_ != 0 or self.share_view:  # a shared view needs the contrastive recipe
+        if lambda_ != 0 or self.one_view:  # the one view is made by the contrastive recipe
             self.contrastive = contrastive(encoder)
             if lambda_ == 0:
                 self.contrastive.requires_grad_(False)
@@ -68,7 +72,7 @@ class Hybrid(nn.Module):
         self.required_views: dict[str, str] = {}
         if self.contrastive is not None:
             self.required_views |= self.contrastive.required_views
-        if self.mim is not None and lambda_ != 1 and not self.share_view:
+        if self.mim is not None and lambda_ != 1 and not self.one_view:
             self.required_views |= self.mim.required_views
 
     def before_step(self, encoder: Encoder, progress: Progress) -> None:
@@ -79,25 +83,55 @@ class Hybrid(nn.Module):
     def forward(self, encoder: Encoder, batch: Batch, progress: Progress) -> ObjectiveOutput:
         """The weighted loss of one micro-batch, with both raw terms."""
         weight = self.weight(progress.fraction)
-        outputs: list[tuple[float, ObjectiveOutput]] = []
-        if weight < 1:
-            assert self.mim is not None
-            mim_batch = replace(batch, views={"mim": batch.views["contrastive"][:1]}) if self.share_view else batch
-            outputs.append((1 - weight, self.mim(encoder, mim_batch, progress)))
-        if weight > 0:
-            assert self.contrastive is not None
-            encode = partial(self._encode_masked, encoder, batch.seed) if self.mask_contrastive else None
-            outputs.append((weight, self.contrastive(encoder, batch, progress, encode)))
-        loss = torch.stack([share * output.loss for share, output in outputs]).sum()
+        parts: list[tuple[float, ObjectiveOutput]]
+        if self.share_views and 0 < weight < 1:
+            mim, contrastive = self._share(encoder, batch, progress)
+            parts = [(1 - weight, mim), (weight, contrastive)]
+        else:
+            parts = []
+            if weight < 1:
+                assert self.mim is not None
+                mim_batch = replace(batch, views={"mim": batch.views["contrastive"][:1]}) if self.one_view else batch
+                parts.append((1 - weight, self.mim(encoder, mim_batch, progress)))
+            if weight > 0:
+                assert self.contrastive is not None
+                features = self._masked_features(encoder, batch) if self.mask_contrastive else None
+                parts.append((weight, self.contrastive(encoder, batch, progress, features)))
+        loss = torch.stack([share * output.loss for share, output in parts]).sum()
         terms: dict[str, Tensor] = {}
         stats: dict[str, Tensor | float] = {"lambda": weight}
-        for _, output in outputs:
+        for _, output in parts:
             terms |= output.terms
             stats |= output.stats
         return ObjectiveOutput(loss=loss, terms=terms, stats=stats)
 
-    def _encode_masked(self, encoder: Encoder, seed: Tensor, views: Tensor) -> Tensor:
-        """Tokens of both contrastive views (2B, 3, h, w), each under a mask of its own."""
-        assert self.mim is not None
-        mask = self.mim.mask(torch.cat([mix(seed, view) for view in (1, 2)]))
-        return self.mim.encode(encoder, views, mask)
+    def _share(self, encoder: Encoder, batch: Batch, progress: Progress) -> tuple[ObjectiveOutput, ObjectiveOutput]:
+        """Both parts' outputs; the first contrastive view is encoded once, under MIM's mask."""
+        mim, contrastive = self.mim, self.contrastive
+        assert mim is not None
+        assert contrastive is not None
+
+        def encode(first: Tensor, second: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+            mask = mim.mask(seed)
+            if self.mask_contrastive:
+                both = torch.cat([mask, mim.mask(mix(seed, 2))])
+                tokens = mim.encode(encoder, torch.cat([first, second]), both).chunk(2)
+            else:
+                tokens = mim.encode_beside(encoder, first, mask, second)
+            return *map(contrastive.pooled, tokens), *mim.errors(tokens[0], first, mask)
+
+        views = batch.views["contrastive"]
+        *features, loss, chance = in_chunks(encode, contrastive.images_at_once, *views, batch.seed)
+        return mim.output(loss, chance), contrastive(encoder, batch, progress, tuple(features))
+
+    def _masked_features(self, encoder: Encoder, batch: Batch) -> tuple[Tensor, ...]:
+        """Features (B, D) of both contrastive views, each under a mask of its own."""
+        mim, contrastive = self.mim, self.contrastive
+        assert mim is not None
+        assert contrastive is not None
+
+        def encode(first: Tensor, second: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+            mask = mim.mask(torch.cat([mix(seed, view) for view in (1, 2)]))
+            return contrastive.pooled(mim.encode(encoder, torch.cat([first, second]), mask)).chunk(2)
+
+        return in_chunks(encode, contrastive.images_at_once, *batch.views["contrastive"], batch.seed)

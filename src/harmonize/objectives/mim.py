@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from harmonize.functional import masking
 from harmonize.functional.reconstruction import masked_l1, masked_mse, normalize_patches, patchify
 from harmonize.functional.seeding import uniform
+from harmonize.objectives.chunks import in_chunks
 from harmonize.objectives.decoders import LinearDecoder, ViTDecoder
 from harmonize.types import Batch, Encoder, ObjectiveOutput, Progress
 
@@ -22,16 +23,23 @@ class MaskedPrediction(nn.Module):
         mask_ratio: Share to hide, in (0, 1).
         error: (prediction, target, mask) -> loss.
         recipe: Augmentation recipe of the view.
+        images_at_once: Images of a batch that are encoded at a time, see ``in_chunks``; None: all of them.
     """
 
     def __init__(
-        self, encoder: Encoder, mask_ratio: float, error: Callable[[Tensor, Tensor, Tensor], Tensor], recipe: str
+        self,
+        encoder: Encoder,
+        mask_ratio: float,
+        error: Callable[[Tensor, Tensor, Tensor], Tensor],
+        recipe: str,
+        images_at_once: int | None,
     ) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded")
         self.mask_ratio = mask_ratio
         self.error = error
+        self.images_at_once = images_at_once
         self.patch_size = encoder.spec.patch_size
         self.num_patches = encoder.spec.num_patches
         self.required_views = {"mim": recipe}
@@ -47,22 +55,45 @@ class MaskedPrediction(nn.Module):
         """Tokens of images (B, 3, h, w) under a mask (B, N), prefix tokens first."""
         raise NotImplementedError
 
+    def encode_beside(self, encoder: Encoder, images: Tensor, mask: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of images under a mask, and of other images (B, 3, h, w) as they are, in as few passes as possible."""
+        return self.encode(encoder, images, mask), encoder(whole)
+
+    def predict(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Patches (B, N, p * p * 3) predicted from the tokens of images under a mask (B, N)."""
+        raise NotImplementedError
+
     def reconstruct(self, encoder: Encoder, images: Tensor, mask: Tensor) -> Tensor:
         """Predicted patches (B, N, p * p * 3) of images (B, 3, h, w) under a mask (B, N)."""
-        raise NotImplementedError
+        return self.predict(self.encode(encoder, images, mask), mask)
 
     def target(self, images: Tensor) -> Tensor:
         """What should be predicted, (B, N, p * p * 3) in fp32."""
         return patchify(images, self.patch_size).float()
 
+    def errors(self, tokens: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of what is predicted from the tokens of images (B, 3, h, w) under a mask (B, N).
+
+        Returns:
+            The loss, and that of always predicting the mean colour; both scalars, means over images.
+        """
+        target = self.target(images)
+        loss = self.error(self.predict(tokens, mask).float(), target, mask)
+        return loss, self.error(torch.zeros_like(target), target, mask)
+
+    def output(self, loss: Tensor, chance: Tensor) -> ObjectiveOutput:
+        """What ``forward`` returns, from the errors of a batch."""
+        return ObjectiveOutput(loss=loss, terms={"mim": loss}, stats={"chance_mim": chance})
+
     def forward(self, encoder: Encoder, batch: Batch, progress: Progress) -> ObjectiveOutput:
         """The loss of one micro-batch with one view under ``"mim"``."""
+
+        def errors(images: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+            mask = self.mask(seed)
+            return self.errors(self.encode(encoder, images, mask), images, mask)
+
         (images,) = batch.views["mim"]
-        mask = self.mask(batch.seed)
-        target = self.target(images)
-        loss = self.error(self.reconstruct(encoder, images, mask).float(), target, mask)
-        chance = self.error(torch.zeros_like(target), target, mask)  # always predict the mean colour
-        return ObjectiveOutput(loss=loss, terms={"mim": loss}, stats={"chance_mim": chance})
+        return self.output(*in_chunks(errors, self.images_at_once, images, batch.seed))
 
 
 class MaskedImageModeling(MaskedPrediction):
@@ -77,6 +108,7 @@ class MaskedImageModeling(MaskedPrediction):
         decoder_depth: Blocks of the ViT decoder.
         decoder_heads: Attention heads of the ViT decoder.
         recipe: Augmentation recipe of the view.
+        images_at_once: Images of a batch that are encoded at a time, see ``in_chunks``; None: all of them.
 
     Source: SimMIM ``models/simmim.py``, ``data/data_simmim.py``.
     """
@@ -91,8 +123,9 @@ class MaskedImageModeling(MaskedPrediction):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         recipe: str = "simmim",
+        images_at_once: int | None = None,
     ) -> None:
-        super().__init__(encoder, mask_ratio, masked_l1, recipe)
+        super().__init__(encoder, mask_ratio, masked_l1, recipe, images_at_once)
         spec = encoder.spec
         mask_unit = mask_unit or 2 * spec.patch_size
         if mask_unit % spec.patch_size or any(side % mask_unit for side in spec.image_size):
@@ -121,9 +154,14 @@ class MaskedImageModeling(MaskedPrediction):
         """Tokens (B, P + N, D) of images with the mask token in the hidden places."""
         return encoder(images, mask, self.mask_token)
 
-    def reconstruct(self, encoder: Encoder, images: Tensor, mask: Tensor) -> Tensor:
+    def encode_beside(self, encoder: Encoder, images: Tensor, mask: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one pass, in which the whole images hide nothing."""
+        tokens = self.encode(encoder, torch.cat([images, whole]), torch.cat([mask, torch.zeros_like(mask)]))
+        return tokens[: len(images)], tokens[len(images) :]
+
+    def predict(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Predicted patches (B, N, p * p * 3)."""
-        return self.decoder(self.encode(encoder, images, mask))
+        return self.decoder(tokens)
 
 
 class MaskedAutoencoder(MaskedPrediction):
@@ -137,6 +175,7 @@ class MaskedAutoencoder(MaskedPrediction):
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of the decoder.
         recipe: Augmentation recipe of the view.
+        images_at_once: Images of a batch that are encoded at a time, see ``in_chunks``; None: all of them.
 
     Source: MAE ``models_mae.py``.
     """
@@ -150,8 +189,9 @@ class MaskedAutoencoder(MaskedPrediction):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         recipe: str = "mae",
+        images_at_once: int | None = None,
     ) -> None:
-        super().__init__(encoder, mask_ratio, masked_mse, recipe)
+        super().__init__(encoder, mask_ratio, masked_mse, recipe, images_at_once)
         self.num_visible = int(self.num_patches * (1 - mask_ratio))
         if self.num_visible == 0:
             raise ValueError(f"mask_ratio={mask_ratio} hides all {self.num_patches} patches; lower it")
@@ -167,10 +207,9 @@ class MaskedAutoencoder(MaskedPrediction):
         """Tokens (B, P + K, D) of the visible patches, in ascending order."""
         return encoder.encode_visible(images, masking.visible(mask, self.num_visible))
 
-    def reconstruct(self, encoder: Encoder, images: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Predicted patches (B, N, p * p * 3)."""
-        keep = masking.visible(mask, self.num_visible)
-        return self.decoder(encoder.encode_visible(images, keep), keep, self.mask_token)
+        return self.decoder(tokens, masking.visible(mask, self.num_visible), self.mask_token)
 
     def target(self, images: Tensor) -> Tensor:
         """Pixels of the patches, normalised per patch with ``norm_pix_loss``."""

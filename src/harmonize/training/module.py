@@ -30,6 +30,7 @@ class PretrainModule(pl.LightningModule):
         steps_per_epoch: Optimiser steps of one epoch.
         total_steps: Optimiser steps of the whole run.
         seed: Of the run.
+        fused: Whether the optimiser updates all parameters in one kernel, see ``build_optimizer``.
         log_every_n_steps: Distance, in optimiser steps, between logged training metrics.
         config: The resolved configuration, kept in the checkpoint as plain containers.
 
@@ -49,6 +50,7 @@ class PretrainModule(pl.LightningModule):
         steps_per_epoch: int,
         total_steps: int,
         seed: int = 0,
+        fused: bool = False,
         log_every_n_steps: int = 10,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -62,7 +64,9 @@ class PretrainModule(pl.LightningModule):
         self.seed = seed
         self.log_every_n_steps = log_every_n_steps
         self.config = dict(config or {})
-        self.optimization: Optimization = build_optimizer(encoder, objective, **optimizer, global_batch=global_batch)
+        self.optimization: Optimization = build_optimizer(
+            encoder, objective, **optimizer, global_batch=global_batch, fused=fused
+        )
         self.lr = 0.0
         self.output: ObjectiveOutput | None = None
         self.extra: dict[str, Tensor | float] = {}
@@ -90,6 +94,11 @@ class PretrainModule(pl.LightningModule):
         set_epoch(self.trainer.train_dataloader, self.epoch)
         if self.trainer.global_step + self.steps_per_epoch >= self.total_steps:
             self.trainer.check_val_every_n_epoch = 1
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment what the loader left to the device."""
+        augment = getattr(batch, "augment", None)
+        return batch if augment is None else augment()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this micro-batch; before the first one of a step set the learning rate and move the momentum network."""

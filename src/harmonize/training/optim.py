@@ -55,6 +55,7 @@ def build_optimizer(
     no_decay: Sequence[str] = (),
     clip: float | None = None,
     global_batch: int,
+    fused: bool = False,
 ) -> Optimization:
     """AdamW as the recipe asks.
 
@@ -69,6 +70,7 @@ def build_optimizer(
         no_decay: Patterns of what is not decayed, see :func:`~harmonize.functional.weight_decay.is_excluded`.
         clip: Largest global gradient norm, or None.
         global_batch: Images of one optimiser step, over all ranks and micro-batches.
+        fused: Update all parameters in one kernel; not with fp16, whose gradients lightning would clip while scaled.
 
     Raises:
         ConfigError: No parameter is trained.
@@ -89,5 +91,6 @@ def build_optimizer(
         lr=peak,
         betas=(betas[0], betas[1]),
         eps=eps,
+        fused=fused,
     )
     return Optimization(optimizer, peak, clip)

@@ -40,6 +40,7 @@ from harmonize.training.callbacks.metrics import StepMetrics
 from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
+from harmonize.training.compilation import Compilation, should_compile
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import trained_parameters
@@ -92,7 +93,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    _precision(cfg)  # refused before anything is built
+    precision = _precision(cfg)  # refused before anything is built
+    compiled = should_compile(cfg.trainer.compile, _on_gpu(cfg))
     config = to_plain(cfg)
     trainer_config = config["trainer"]
     world_size = trainer_config["devices"] * trainer_config["num_nodes"]
@@ -100,6 +102,8 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
 
     torch.manual_seed(mix_int(cfg.seed))
     encoder = instantiate(cfg.backbone)
+    if cfg.trainer.activation_checkpointing:
+        encoder.set_grad_checkpointing()
     objective = instantiate(cfg.loss, encoder=encoder)
     data = DataModule(
         instantiate(cfg.data.dataset),
@@ -124,6 +128,7 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         seed=cfg.seed,
+        fused=precision != "fp16",
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         config=config,
     )
@@ -151,7 +156,8 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
         if step < total_steps:
             if resume is not None:
                 console.print(f"Resuming at step {step} of {total_steps} from {resume.path.name}.")
-            _fit(cfg, folder, module, data, resume, record, wandb, console)
+            console.print(_how(cfg, precision, compiled))
+            _fit(cfg, folder, module, data, resume, record, wandb, console, compiled)
         metrics = {**record.latest, "total_steps": total_steps}
         record.complete(metrics)
         failed = False
@@ -171,10 +177,13 @@ def _fit(
     record: JsonLogger,
     wandb: Wandb | None,
     console: Console,
+    compiled: bool,
 ) -> None:
     """Run lightning's loop over what is left of the run."""
     has_probe = _has_probe(cfg, data)
     callbacks: list[pl.Callback] = [Speed()]
+    if compiled:
+        callbacks.append(Compilation())
     gradients = GradientNorms(**cfg.callbacks.gradient_norms) if cfg.callbacks.get("gradient_norms") else None
     if gradients is not None:
         callbacks.append(gradients)
@@ -227,7 +236,7 @@ def _fit(
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
         strategy=_strategy(cfg, module.objective),
-        precision=_precision(cfg),
+        precision=PRECISION[_precision(cfg)],
         accumulate_grad_batches=cfg.trainer.accumulate,
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
         check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
@@ -276,20 +285,35 @@ def _has_probe(cfg: DictConfig, data: DataModule) -> bool:
     return bool(cfg.callbacks.get("probe")) and data.classes is not None
 
 
-def _precision(cfg: DictConfig) -> Any:
-    """Lightning's name of the precision; ``auto`` is bf16 where the hardware computes in it, else 32.
+def _on_gpu(cfg: DictConfig) -> bool:
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _precision(cfg: DictConfig) -> str:
+    """``32``, ``bf16`` or ``fp16``; ``auto`` is the fastest safe one: bf16 where the hardware computes in it, else 32.
 
     Raises:
         ConfigError: fp16 on a CPU, where lightning would compute in bf16.
     """
-    name = str(cfg.trainer.precision)
-    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    name, on_gpu = str(cfg.trainer.precision), _on_gpu(cfg)
     if name == "fp16" and not on_gpu:
         raise ConfigError("trainer.precision=fp16 needs a GPU; use bf16, 32 or auto.")
     if name == "auto":
         bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if bf16 else "32"
-    return PRECISION[name]
+    return name
+
+
+def _how(cfg: DictConfig, precision: str, compiled: bool) -> str:
+    """One line: on what the run computes, and what ``auto`` has chosen."""
+    if _on_gpu(cfg):
+        hardware = torch.cuda.get_device_name()
+    else:
+        num = torch.get_num_threads()
+        hardware = f"the CPU with {num} thread{'s' if num > 1 else ''}"
+    chosen = " (the fastest safe one here)" if str(cfg.trainer.precision) == "auto" else ""
+    code = ", compiled blocks" if compiled else ""
+    return f"Computing on {hardware} in {precision}{' bit' * precision.isdigit()}{chosen}{code}."
 
 
 def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
