@@ -16,9 +16,7 @@ from tests.helpers import random_batch, tiny_encoder
 def make(name, images_at_once=None):
     contrastive = partial(Contrastive, hidden_dim=16, out_dim=8, images_at_once=images_at_once)
     simmim = partial(MaskedImageModeling, images_at_once=images_at_once)
-    mae = partial(
-        MaskedAutoencoder, decoder_width=16, decoder_depth=1, decoder_heads=2, images_at_once=images_at_once
-    )
+    mae = partial(MaskedAutoencoder, decoder_width=16, decoder_depth=1, decoder_heads=2, images_at_once=images_at_once)
     return {
         "contrastive": contrastive,
         "contrastive patches": partial(contrastive, pool="patch_mean"),

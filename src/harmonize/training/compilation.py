@@ -13,12 +13,16 @@ from torch import nn
 from harmonize.types import ConfigError
 
 
-def compile_blocks(*modules: nn.Module) -> int:
+def compile_blocks(*modules: nn.Module, **options: Any) -> int:
     """Compile the Transformer blocks of modules in place, momentum copies and decoders included.
 
     Blocks of one kind share their compiled code, so that this takes seconds, not minutes. Parameters and their names
     stay as they are. Shapes are taken as constant: every kind of pass of a training step (queries, keys, masked
     images) is compiled in the first step, and nothing after it.
+
+    Args:
+        *modules: Where to look for blocks.
+        **options: Of ``torch.compile``.
 
     Returns:
         How many blocks there are.
@@ -34,7 +38,7 @@ def compile_blocks(*modules: nn.Module) -> int:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, **options)
     return len(blocks)
 
 
