@@ -14,6 +14,15 @@ def images(n=3, size=16):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def test_patches_are_embedded_as_timm_does_it_in_training_too():
+    encoder = tiny_encoder(image_size=(16, 24))
+    x = torch.randn(3, 3, 16, 24)
+    want = encoder.patch_embed.eval()(x)
+    torch.testing.assert_close(encoder.patch_embed.train()(x), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError, match=r"images of \(24, 16\) px in an encoder for \(16, 24\)"):
+        encoder.patch_embed(x.transpose(2, 3))
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(("class_token", "num_registers"), [(True, 0), (False, 0), (True, 2), (False, 1)])
 def test_without_a_mask_it_is_timms_forward_features(positions, class_token, num_registers):

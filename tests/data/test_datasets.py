@@ -11,7 +11,18 @@ from PIL import Image
 
 from harmonize.data import cache as cache_module
 from harmonize.data.cache import DecodedCache
-from harmonize.data.datasets import CIFAR10, CIFAR100, STL10, Dataset, Folder, ImageNet, ImageNet100, OpenClipart, Split
+from harmonize.data.datasets import (
+    CIFAR10,
+    CIFAR100,
+    STL10,
+    ArraySplit,
+    Dataset,
+    Folder,
+    ImageNet,
+    ImageNet100,
+    OpenClipart,
+    Split,
+)
 from harmonize.data.images import UnreadableImage, read_image, walk_images
 from harmonize.data.splits import stratified_order
 from harmonize.types import ConfigError
@@ -182,6 +193,7 @@ def test_folder_of_classes(classes):
     assert data.classes == ["ant", "bee", "cat"]
     split = data.split("train")
     assert isinstance(split, Split)
+    assert not isinstance(split, ArraySplit)
     for i in range(len(split)):
         image, label = split.load(i)
         folder, file = split.name(i).split(os.sep)[-2:]
@@ -339,7 +351,25 @@ def test_a_cached_split_pickles_as_a_path(classes, tmp_path, monkeypatch):
     assert pickle.loads(again).load(3)[0].tobytes() == expected
 
 
+def test_a_cache_is_for_those_who_ask(classes):
+    for cache, expected in ((False, None), ("auto", None), (True, 20)):
+        assert Folder(str(classes), cache=cache, image_size=10).cache_side == expected
+    with pytest.raises(ConfigError, match=r"data.cache=2 is not known: auto, true or false"):
+        Folder(str(classes), cache=2)
+
+
 # Sets in the formats of their authors
+
+
+def assert_pixels_are_those_of_load(split):
+    assert isinstance(split, ArraySplit)
+    chosen = np.array([3, 0, len(split) - 1, 3])
+    pixels = split.pixels(chosen)
+    assert pixels.dtype == np.uint8
+    for image, label, index in zip(pixels, split.labels[chosen], chosen, strict=True):
+        expected, expected_label = split.load(int(index))
+        assert np.array_equal(image, np.asarray(expected))
+        assert label == expected_label
 
 
 @pytest.fixture
@@ -381,7 +411,9 @@ def test_cifar(cifar, kind, first, num):
     image, label = split.load(3)
     assert label == 3
     assert np.array_equal(np.asarray(image), arrays[first][3].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert_pixels_are_those_of_load(split)
     small = kind(str(root), num_train=10).split("train")
+    assert_pixels_are_those_of_load(small)
     assert sorted(small.labels) == list(range(10))
 
 
@@ -446,6 +478,8 @@ def test_stl10_trains_without_labels_and_probes_with_them(stl):
     assert label == -1
     assert image.getpixel((5, 9)) == tuple(arrays["unlabeled"][2, :, 5, 9])
     assert data.split("val").load(4)[1] == 4
+    for split in (data.split("train"), data.split("val"), STL10(str(root), split="train", num_train=10).split("train")):
+        assert_pixels_are_those_of_load(split)
     assert data.probe_split("train").load(13)[1] == 3
     assert len(STL10(str(root), split="train", num_train=10).split("train")) == 10
     assert len(pickle.dumps(data.split("train"))) < 5000

@@ -1,17 +1,22 @@
 import os
 import pickle
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
-from harmonize.data.datasets import Folder, UnreadableImage
-from harmonize.data.module import DataModule
-from harmonize.data.views import Evaluation, MoCoV3, SimMIM
-from harmonize.functional.seeding import mix
-from harmonize.types import ConfigError
+from harmonize.data import batches as batches_module
+from harmonize.data.datasets import ArrayImages, Folder, UnreadableImage
+from harmonize.data.module import DataModule, RawBatch
+from harmonize.data.shapes import Shapes
+from harmonize.data.views import MAE, Evaluation, MoCoV3, SimMIM, augment_image, to_tensor
+from harmonize.functional.seeding import mix, mix_int
+from harmonize.types import IMAGE_STD, Batch, ConfigError
 
 RECIPES = {"moco_v3": MoCoV3(16), "simmim": SimMIM(16)}
 BOTH = {"contrastive": "moco_v3", "mim": "simmim"}
@@ -54,6 +59,8 @@ def epochs(loader, num=2):
 def assert_same(first, second):
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
+        assert type(a) is type(b)
+        a, b = (batch.augment() if isinstance(batch, RawBatch) else batch for batch in (a, b))
         assert a.views.keys() == b.views.keys()
         for name in a.views:
             assert all(torch.equal(x, y) for x, y in zip(a.views[name], b.views[name], strict=True))
@@ -273,7 +280,7 @@ def test_datasets_of_the_loaders_pickle():
     data = make()
     for loader in (data.train_loader(), data.feature_loader("val")):
         again = pickle.loads(pickle.dumps((loader.dataset, loader.batch_sampler, loader.collate_fn)))
-        assert len(again[2]([again[0][next(iter(again[1]))[0]]])) == 1
+        assert len(again[2](again[0].__getitems__(next(iter(again[1]))))) == 8
 
 
 @pytest.mark.parametrize(
@@ -528,3 +535,264 @@ def test_clean_views_of_any_images(num_workers):
     (batch,) = make().loader_of(split, 8, [9, 2], eval_crop=1.0)
     assert batch.index.tolist() == [9, 2]
     assert torch.equal(batch.image[1], Evaluation(16, 1.0)(split.load(2)[0]))
+
+
+# ---- where images are augmented --------------------------------------------------------------------------------------
+
+THREE = RECIPES | {"mae": MAE(16)}
+ALL = {"contrastive": "moco_v3", "mim": "simmim", "other": "mae"}
+
+
+class Array(Noise):
+    """Noise of one size, as an array, which can be had without Pillow."""
+
+    def __init__(self, num=40, size=(20, 24)):
+        super().__init__(num)
+        pixels = np.random.default_rng(0).integers(0, 256, (num, *size, 3), dtype=np.uint8)
+        self.images = ArrayImages(pixels, [index % 2 for index in range(num)], "noise")
+
+    def split(self, name):
+        return self.images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures with smooth and with sharp parts, no two of one size."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(24):
+        rng = np.random.default_rng(number)
+        size = (17 + 5 * number % 60, 20 + 7 * number % 50)
+        coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse) + rng.normal(0, 25, (size[1], size[0], 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{number:02d}.png")
+    return Folder(str(root), val_fraction=0.1)
+
+
+def assert_alike(raw, batch):
+    """The same batch; of a thousand pixels one may be further off than one grey level (solarised on the other side)."""
+    assert isinstance(raw, RawBatch)
+    assert isinstance(batch, Batch)
+    augmented = raw.augment()
+    assert augmented.views.keys() == batch.views.keys()
+    for name, views in batch.views.items():
+        for ours, theirs in zip(augmented.views[name], views, strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            levels = (ours - theirs).abs() * 255 * torch.tensor(IMAGE_STD)[:, None, None]
+            assert (levels > 1.01).float().mean() < 1e-3
+    for field in ("label", "index", "seed"):
+        assert torch.equal(getattr(augmented, field), getattr(batch, field))
+    assert len(raw) == len(batch) == len(augmented)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "array", "files"])
+@pytest.mark.filterwarnings("error:no cache")
+def test_the_device_makes_the_views_that_workers_make(kind, folder):
+    shapes = Shapes(num_train=40, num_val=8, image_size=24, seed=3)
+    dataset, per_batch = {"shapes": (shapes, 20), "array": (Array(), 20), "files": (folder, 10)}[kind]
+    by_place = {
+        place: epochs(DataModule(dataset, THREE, ALL, 16, per_batch, augment=place, seed=7).train_loader(), 2)
+        for place in ("device", "workers")
+    }
+    assert len(by_place["device"]) == 4
+    for raw, batch in zip(*by_place.values(), strict=True):
+        assert_alike(raw, batch)
+        whole = isinstance(raw.pixels, torch.Tensor)
+        assert whole == (kind != "files")  # images of one size are cropped on the device
+        pixels = [raw.pixels] if whole else [view for views in raw.pixels.values() for view in views]
+        assert all(view.dtype == torch.uint8 for view in pixels)
+
+
+def test_workers_apply_the_parameters_that_are_drawn():
+    dataset = Noise()
+    batch = next(iter(make(dataset, seed=2, augment="workers").train_loader(epoch=5)))
+    for name, recipe in BOTH.items():
+        seeds = mix(2, 5, batch.index, zlib.crc32(name.encode()))
+        drawn = RECIPES[recipe].draw(seeds, torch.full((8,), 20), torch.full((8,), 24))
+        for view, parameters in zip(batch.views[name], drawn, strict=True):
+            for row, index in enumerate(batch.index.tolist()):
+                assert torch.equal(view[row], augment_image(dataset.load(index)[0], parameters, row))
+
+
+def test_files_are_cropped_by_pillow_before_they_go_to_the_device(folder):
+    raw = next(iter(DataModule(folder, RECIPES, BOTH, 16, 8, augment="device").train_loader()))
+    split = folder.split("train")
+    images = [split.load(index)[0] for index in raw.index.tolist()]
+    size = torch.tensor([(image.height, image.width) for image in images]).unbind(1)
+    for name, recipe in BOTH.items():
+        drawn = RECIPES[recipe].draw(mix(0, 0, raw.index, zlib.crc32(name.encode())), *size)
+        for number, (pixels, parameters) in enumerate(zip(raw.pixels[name], drawn, strict=True)):
+            assert pixels.shape == (8, 3, 16, 16)
+            assert raw.augmentations[name][number].box.tolist() == [[0, 0, 16, 16]] * 8
+            for row, image in enumerate(images):
+                box = parameters.box[row].tolist()
+                assert torch.equal(pixels[row], F.pil_to_tensor(F.resized_crop(image, *box, [16, 16])))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("kind", ["array", "files"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_workers_change_no_bit_of_what_the_device_gets(kind, num_workers, folder):
+    dataset = {"array": Array(), "files": folder}[kind]
+    options = {"augment": "device", "batch_size": 8}
+    with_workers = make(dataset, num_workers=num_workers, **options).train_loader()
+    assert with_workers.num_workers == (0 if kind == "array" else num_workers)  # an array need only be copied
+    assert_same(epochs(with_workers), epochs(make(dataset, **options).train_loader()))
+
+
+@pytest.mark.parametrize("place", ["device", "workers"])
+def test_ranks_resumes_and_other_views_change_no_bit(place, folder):
+    whole = list(make(folder, batch_size=8, augment=place).train_loader(epoch=1))
+    parts = [
+        list(make(folder, batch_size=8, augment=place, world_size=2, rank=r).train_loader(epoch=1)) for r in (0, 1)
+    ]
+    first, second = (iter(loader) for loader in parts)
+    for batch in whole:
+        batch, *halves = (b.augment() if place == "device" else b for b in (batch, next(first), next(second)))
+        for name, views in batch.views.items():
+            for number, view in enumerate(views):
+                assert torch.equal(torch.cat([half.views[name][number] for half in halves]), view)
+    assert_same(list(make(folder, batch_size=8, augment=place).train_loader(epoch=1, start=1)), whole[1:])
+    alone = next(iter(make(folder, {"mim": "simmim"}, 8, augment=place).train_loader(epoch=1)))
+    alone, batch = (b.augment() if place == "device" else b for b in (alone, whole[0]))
+    assert torch.equal(alone.views["mim"][0], batch.views["mim"][0])
+
+
+@pytest.mark.parametrize("place", ["device", "workers"])
+def test_a_batch_of_large_images_is_worked_on_in_parts(place, folder, monkeypatch):
+    whole = epochs(make(folder, augment=place).train_loader())
+    for pixels in (1, 4000):
+        monkeypatch.setattr(batches_module, "_PIXELS_AT_ONCE", pixels)
+        assert_same(epochs(make(folder, augment=place).train_loader()), whole)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_stand_ins_have_the_parameters_of_the_image_asked_for_drawn_for_their_own_size():
+    class Sizes(Noise):
+        def load(self, index):
+            image, label = super().load(index)
+            return image.resize((20 + index, 60 - index)), label
+
+    good, bad = Sizes(), Sizes(bad={3, 4, 39})
+    for asked, *by_place in zip(
+        make(good, seed=1).train_loader(),
+        make(bad, seed=1, augment="device").train_loader(),
+        make(bad, seed=1, augment="workers").train_loader(),
+        strict=True,
+    ):
+        assert_alike(*by_place)
+        raw, batch = by_place
+        used = [{3: 5, 4: 5, 39: 0}.get(index, index) for index in asked.index.tolist()]
+        assert raw.index.tolist() == batch.index.tolist() == used
+        assert raw.seed.tolist() == batch.seed.tolist() == mix(1, 0, asked.index).tolist()
+        seeds = mix(1, 0, asked.index, zlib.crc32(b"mim"))
+        (drawn,) = RECIPES["simmim"].draw(seeds, 60 - batch.index, 20 + batch.index)
+        for row, index in enumerate(used):
+            assert torch.equal(batch.views["mim"][0][row], augment_image(good.load(index)[0], drawn, row))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "augment", "on_gpu", "on_device"),
+    [
+        (Noise(), "auto", False, False),
+        (Noise(), "auto", True, True),
+        (Noise(), "device", False, True),
+        (Noise(), "workers", True, False),
+        (Array(), "auto", False, True),
+        (Array(), "auto", True, True),
+        (Array(), "workers", True, False),
+        (Shapes(num_train=40, num_val=8, image_size=16), "auto", False, True),
+        (Shapes(num_train=40, num_val=8, image_size=16, cache=False), "auto", False, False),
+        (Shapes(num_train=40, num_val=8, image_size=16, cache=False), "auto", True, True),
+    ],
+)
+def test_where_images_are_augmented(dataset, augment, on_gpu, on_device):
+    batch = next(iter(make(dataset, augment=augment, on_gpu=on_gpu).train_loader()))
+    assert isinstance(batch, RawBatch if on_device else Batch)
+
+
+def noisy(image):
+    """A recipe without parameters: everything random comes from torch's generator."""
+    return to_tensor(image), torch.rand(3, 4, 4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_any_function_of_an_image_is_a_recipe(num_workers):
+    recipes, views = RECIPES | {"own": noisy}, {"own": "own", "mim": "simmim"}
+    options = {"num_workers": num_workers, "on_gpu": True, "seed": 4}
+    batch = next(iter(DataModule(Array(), recipes, views, 16, 8, **options).train_loader(epoch=2)))
+    assert isinstance(batch, Batch)
+    for row, index in enumerate(batch.index.tolist()):
+        assert torch.equal(batch.views["own"][0][row], to_tensor(Array().split("train").load(index)[0]))
+        torch.manual_seed(mix_int(4, 2, index, zlib.crc32(b"own")))
+        assert torch.equal(batch.views["own"][1][row], torch.rand(3, 4, 4))
+    drawn_alone = next(iter(make(Array(), {"mim": "simmim"}, augment="workers", seed=4).train_loader(epoch=2)))
+    assert torch.equal(batch.views["mim"][0], drawn_alone.views["mim"][0])
+    with pytest.raises(ConfigError, match=r"data.augment=device is not possible: the recipe own does not say"):
+        DataModule(Array(), recipes, views, 16, 8, augment="device")
+    DataModule(Array(), recipes, {"mim": "simmim"}, 16, 8, augment="device")  # what is not needed does not matter
+
+
+@pytest.mark.parametrize("dataset", [Noise(), Array()])
+def test_lightning_moves_a_raw_batch_as_one_thing(dataset):
+    raw = next(iter(make(dataset, augment="device").train_loader()))
+    moved = move_data_to_device(raw, torch.device("meta"))
+    assert isinstance(moved, RawBatch)
+    pixels = moved.pixels if isinstance(dataset, Array) else moved.pixels["contrastive"][1]
+    assert {tensor.device.type for tensor in (pixels, moved.label, moved.index, moved.seed)} == {"meta"}
+    assert moved.augmentations["contrastive"][0].box.device.type == "cpu"
+    assert_same([raw.apply(torch.clone)], [raw])
+
+
+def test_unknown_places_are_named():
+    with pytest.raises(ConfigError, match=r"data.augment=gpu is not known: auto, workers or device"):
+        make(augment="gpu")
+
+
+# ---- clean views of arrays -------------------------------------------------------------------------------------------
+
+
+class NoPillow(ArrayImages):
+    """An array whose images cannot be had one at a time."""
+
+    def load(self, index):
+        raise AssertionError("through Pillow")
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 24)])
+def test_clean_views_that_change_nothing_are_copies(size):
+    data = Array(21, size)
+    through_pillow = torch.stack([Evaluation(size[0], 1.0)(data.images.load(index)[0]) for index in range(21)])
+    quick = NoPillow(data.images.images, data.images.labels, "noise").take(np.arange(20, -1, -1))
+    loader = DataModule(Noise(), {}, {}, size[0], 8, num_workers=2, eval_crop=1.0).loader_of(quick, 8)
+    batches = list(loader)
+    assert loader.num_workers == 0
+    assert torch.equal(torch.cat([batch.image for batch in batches]), through_pillow.flip(0))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(21))
+    assert torch.cat([batch.label for batch in batches]).tolist() == [index % 2 for index in range(20, -1, -1)]
+    slow = type("Slow", (), {name: getattr(data.images, name) for name in ("__len__", "load", "name")})
+    slow.__len__ = lambda self: 21
+    through_load = list(DataModule(Noise(), {}, {}, size[0], 8, eval_crop=1.0).loader_of(slow(), 8))
+    for ours, theirs in zip(batches, through_load, strict=True):
+        assert torch.equal(ours.seed, theirs.seed)
+        assert ours.image.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("size", "view", "eval_crop"), [((16, 16), 16, 0.875), ((16, 16), 20, 1.0), ((12, 20), (12, 20), 1.0)]
+)
+def test_other_clean_views_of_arrays_are_made_by_pillow(size, view, eval_crop):
+    data = Array(5, size)
+    (batch,) = DataModule(data, {}, {}, view, 5, eval_crop=eval_crop).feature_loader("val", None, 8)
+    clean = Evaluation(view, eval_crop)
+    for index, image in enumerate(batch.image):
+        assert torch.equal(image, clean(data.images.load(index)[0]))
+
+
+def test_clean_views_of_shapes_are_the_same_with_and_without_a_cache():
+    found = []
+    for cache in (True, False):
+        dataset = Shapes(num_train=24, num_val=12, image_size=16, cache=cache)
+        found.append(list(DataModule(dataset, {}, {}, 16, 4, eval_crop=1.0, num_workers=1).feature_loader("val")))
+    for ours, theirs in zip(*found, strict=True):
+        for field in ("image", "label", "index", "seed"):
+            assert torch.equal(getattr(ours, field), getattr(theirs, field))

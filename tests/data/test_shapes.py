@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 import time
 from collections import Counter
@@ -6,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from harmonize.data import cache as cache_module
+from harmonize.data import shapes as shapes_module
 from harmonize.data import silhouettes, textures
+from harmonize.data.cache import RenderedCache
+from harmonize.data.datasets import ArraySplit
 from harmonize.data.shapes import HELD_OUT, NUM_KINDS, SHAPES, TEXTURES, Shapes, draw, render
 from harmonize.types import ConfigError
 
@@ -192,3 +197,139 @@ def test_rendering_is_no_bottleneck(shapes):
             split.load(index)
         rates.append(100 / (time.process_time() - start))
     assert max(rates) > 500
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+
+
+SMALL = {"num_train": 30, "num_val": 20, "image_size": 24, "label": "shape", "clutter": 0.5, "seed": 2}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARMONIZE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files(cache):
+    return sorted(cache.glob("*.pixels"))
+
+
+@pytest.mark.parametrize("name", ["train", "val", "conflict"])
+def test_the_cache_holds_what_would_be_rendered(cache, name):
+    cached, rendered = (Shapes(**SMALL, cache=on).split(name) for on in ("auto", False))
+    assert isinstance(cached, ArraySplit)
+    before = [pixels(cached, index) for index in range(len(cached))]  # nothing is built before prepare
+    assert not cache.exists()
+    assert not cached.in_memory
+    cached.prepare()
+    rendered.prepare()
+    assert (cached.in_memory, rendered.in_memory, len(files(cache))) == (True, False, 1)
+    again = pickle.loads(pickle.dumps(cached))
+    every = np.arange(len(cached))[::-1]
+    for split in (cached, rendered, again):
+        together = split.pixels(every)
+        assert (together.dtype, together.shape) == (np.uint8, (len(every), 24, 24, 3))
+        for index, image in zip(every.tolist(), together, strict=True):
+            np.testing.assert_array_equal(image, before[index])
+            np.testing.assert_array_equal(pixels(split, index), before[index])
+            assert split.load(index)[1] == split.labels[index]
+    assert len(pickle.dumps(cached)) < 10_000
+
+
+def test_masks_are_rendered_and_belong_to_the_cached_images(cache):
+    cached, rendered = (Shapes(**SMALL, cache=on).split("train") for on in (True, False))
+    cached.prepare()
+    for index in range(12):
+        assert torch.equal(cached.mask(index), rendered.mask(index))
+        image, mask = cached.load_with_mask(index)
+        np.testing.assert_array_equal(np.asarray(image), pixels(cached, index))
+        assert torch.equal(mask, rendered.mask(index))
+
+
+def test_every_argument_makes_a_cache_of_its_own_but_the_label(cache):
+    def prepare(name="train", **changes):
+        Shapes(**SMALL | changes).split(name).prepare()
+        return len(files(cache))
+
+    assert prepare() == prepare() == prepare(label="texture") == prepare(num_val=21) == 1
+    assert prepare("val") == 2
+    assert prepare("conflict") == 3
+    for count, change in enumerate(({"num_train": 31}, {"image_size": 25}, {"clutter": 0.6}, {"seed": 3}), 4):
+        assert prepare(**change) == count
+
+
+def test_another_renderer_makes_another_cache(cache, monkeypatch):
+    Shapes(**SMALL).split("train").prepare()
+    monkeypatch.setattr(shapes_module, "DARKNESS", 0.3)
+    split = Shapes(**SMALL).split("train")
+    split.prepare()
+    assert len(files(cache)) == 2
+    np.testing.assert_array_equal(pixels(split, 17), pixels(Shapes(**SMALL, cache=False).split("train"), 17))
+
+
+def test_a_cache_is_kept_only_if_it_is_small(cache, monkeypatch):
+    assert 20_000 * 3 * 64**2 < shapes_module.LARGEST_CACHE == 2**32
+    monkeypatch.setattr(shapes_module, "LARGEST_CACHE", 25 * 3 * 24**2)
+    for split, cached in (("train", "auto"), ("val", "auto"), ("train", True), ("val", False)):
+        shapes = Shapes(**SMALL, cache=cached).split(split)
+        shapes.prepare()
+        assert shapes.in_memory == ((split, cached) in (("val", "auto"), ("train", True)))
+    with pytest.raises(ConfigError, match=r"data.cache=sometimes must be auto, true or false"):
+        Shapes(cache="sometimes")
+
+
+def prepare_in_a_process(results):
+    build = RenderedCache._build
+    built = []
+    RenderedCache._build = lambda self, path: (built.append(path), time.sleep(0.5), build(self, path))
+    split = Shapes(**SMALL).split("train")
+    split.prepare()
+    results.put((len(built), split.pixels(np.arange(30)).tobytes()))
+
+
+def test_two_processes_at_once_build_it_once(cache):
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=prepare_in_a_process, args=(results,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(built for built, _ in found) == [0, 1]
+    assert found[0][1] == found[1][1] == Shapes(**SMALL, cache=False).split("train").pixels(np.arange(30)).tobytes()
+    assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".pixels"]
+
+
+def test_several_processes_build_the_same_cache(cache, monkeypatch):
+    expected = Shapes(**SMALL, cache=False).split("train").pixels(np.arange(30))
+    monkeypatch.setattr(RenderedCache, "_per_process", 8)
+    monkeypatch.setattr(cache_module.os, "cpu_count", lambda: 2)
+    split = Shapes(**SMALL).split("train")
+    split.prepare()
+    np.testing.assert_array_equal(split.pixels(np.arange(30)), expected)
+
+
+def test_without_a_writable_folder_images_are_rendered(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HARMONIZE_CACHE", str(tmp_path / "file" / "cache"))
+    split, rendered = (Shapes(**SMALL, cache=on).split("train") for on in (True, False))
+    with pytest.warns(UserWarning, match="no cache of rendered images in .*HARMONIZE_CACHE.*data.cache=false"):
+        split.prepare()
+    assert not split.in_memory
+    np.testing.assert_array_equal(split.pixels(np.arange(30)), rendered.pixels(np.arange(30)))
+
+
+def test_an_interrupted_rendering_leaves_nothing_behind(cache, monkeypatch):
+    def stop(image):
+        raise KeyboardInterrupt
+
+    split = Shapes(**SMALL).split("train")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.os, "fsync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            split.prepare()
+    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+    split.prepare()
+    assert split.in_memory

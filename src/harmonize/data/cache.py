@@ -1,6 +1,6 @@
-"""A cache of decoded images: each image once, RGB on white and reduced, as uint8 in one memory-mapped file.
+"""Caches of images: each image made once, as uint8 in one memory-mapped file.
 
-Decoding large PNG files costs far more than augmenting them; with the cache a data-loader worker only copies bytes.
+Decoding large PNG files costs far more than augmenting them, and so does rendering; with a cache only bytes are copied.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import multiprocessing
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -56,24 +58,28 @@ class MappedBytes:
         return {"path": self.path}
 
 
-class DecodedCache:
-    """The images of a listing, decoded and reduced, from one flat file.
+class PixelCache(ABC):
+    """Images that are made once and kept as uint8 pixels, one after the other, in one file.
 
-    The file's name is a hash of the listing (names, sizes, modification times) and of the parameters, so a changed
-    folder makes a new cache. Unreadable images are recorded with the reason. Where the folder cannot be written, a
-    warning says so and every image is decoded anew at each use: slower, the same pixels.
+    The file's name is a hash of everything that determines the pixels. Where the folder cannot be written, a warning
+    says so and every image is made anew at each use: slower, the same pixels.
 
     Args:
-        root: Folder that the file names are relative to.
-        files: File names, bytes.
-        shorter_side: Side that images are reduced to, in px; see ``read_image``.
-        max_pixels: Larger images are unreadable.
+        count: How many images.
     """
 
-    def __init__(self, root: Path, files: np.ndarray, shorter_side: int, max_pixels: int):
-        self.root, self.files, self.shorter_side, self.max_pixels = root, files, shorter_side, max_pixels
+    _made: ClassVar[str]  # what happens to an image, in the texts for the user
+    _per_process: ClassVar[int]  # fewer images than this are not worth another process
+
+    def __init__(self, count: int):
+        self.count = count
         self._pixels: MappedBytes | None = None
         self._prepared = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the images come from the file."""
+        return self._pixels is not None
 
     def prepare(self) -> None:
         """Open the cache; build it first, with a progress bar, if it is not there."""
@@ -85,17 +91,92 @@ class DecodedCache:
             with exclusive(path.with_suffix(".lock")):
                 if not path.exists():
                     self._build(path)
-            with np.load(path.with_suffix(".npz")) as index:
-                self._start, self._height, self._width = index["start"], index["height"], index["width"]
-                self._reasons = dict(zip(index["bad"].tolist(), index["reasons"].tolist(), strict=True))
+            self._open(path)
             self._pixels = MappedBytes(path)
         except OSError as error:
             warnings.warn(
-                f"no cache of decoded images in {cache_folder()} ({error}): images are decoded at each use; "
+                f"no cache of {self._made} images in {cache_folder()} ({error}): images are {self._made} at each use; "
                 "set HARMONIZE_CACHE to a folder that can be written, or data.cache=false",
                 stacklevel=2,
             )
         self._prepared = True
+
+    @abstractmethod
+    def _key(self) -> str:
+        """A hash of everything that determines the pixels."""
+
+    @abstractmethod
+    def _maker(self) -> tuple[Callable[[Any], np.ndarray | str], Iterable[Any]]:
+        """A function that can be sent to other processes, and what to call it with for each image.
+
+        It returns the image (height, width, 3) uint8, or the reason why there is none.
+        """
+
+    @abstractmethod
+    def _title(self) -> str:
+        """What the progress bar says."""
+
+    def _open(self, path: Path) -> None:  # noqa: B027 (nothing to do, unless there is an index)
+        """Read what lies beside the file of pixels."""
+
+    def _write_index(self, path: Path, sizes: np.ndarray, reasons: dict[int, str]) -> None:  # noqa: B027
+        """Write what is to lie beside the file of pixels.
+
+        Args:
+            path: The file of pixels.
+            sizes: (count, 2) height and width of every image; 0: there is none.
+            reasons: Why not, by position.
+        """
+
+    def _build(self, path: Path) -> None:
+        from rich.console import Console
+        from rich.progress import track
+
+        sizes, reasons = np.zeros((self.count, 2), np.int32), {}
+        make, items = self._maker()
+        # A data-loader worker may not start processes. Eight at most: a large image takes its gigabyte in each.
+        most = 1 if multiprocessing.current_process().daemon else min(8, os.cpu_count() or 1)
+        num_processes = min(most, self.count // self._per_process)
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(_temporary(path))
+            if num_processes > 1:
+                pool = stack.enter_context(multiprocessing.Pool(num_processes))
+                made: Iterator[np.ndarray | str] = pool.imap(make, items, chunksize=max(1, self._per_process // 4))
+            else:
+                made = map(make, items)
+            console = Console(stderr=True)
+            with open(temporary, "wb") as file:
+                bar = track(made, self._title(), total=self.count, console=console, transient=True)
+                for index, image in enumerate(bar):
+                    if isinstance(image, str):
+                        reasons[index] = image
+                    else:
+                        sizes[index] = image.shape[:2]
+                        file.write(image.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            self._write_index(path, sizes, reasons)
+            os.replace(temporary, path)  # last: the cache is there when this file is
+
+
+class DecodedCache(PixelCache):
+    """The images of a listing, decoded and reduced.
+
+    The key is a hash of the listing (names, sizes, modification times) and of the parameters, so a changed folder makes
+    a new cache. Unreadable images are recorded with the reason.
+
+    Args:
+        root: Folder that the file names are relative to.
+        files: File names, bytes.
+        shorter_side: Side that images are reduced to, in px; see ``read_image``.
+        max_pixels: Larger images are unreadable.
+    """
+
+    _made, _per_process = "decoded", 32
+
+    def __init__(self, root: Path, files: np.ndarray, shorter_side: int, max_pixels: int):
+        super().__init__(len(files))
+        self.root, self.files, self.shorter_side, self.max_pixels = root, files, shorter_side, max_pixels
 
     def load(self, index: int) -> Image.Image:
         """The image in mode RGB.
@@ -126,42 +207,68 @@ class DecodedCache:
                 digest.update(b"\0%s\0missing" % name)
         return digest.hexdigest()[:24]
 
-    def _build(self, path: Path) -> None:
-        from rich.console import Console
-        from rich.progress import track
-
-        count = len(self.files)
-        height, width = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        reasons: dict[int, str] = {}
+    def _maker(self) -> tuple[Callable[[Any], np.ndarray | str], Iterable[Any]]:
         decode = partial(_decode, max_pixels=self.max_pixels, shorter_side=self.shorter_side)
-        paths = (self._path(index) for index in range(count))
-        # A data-loader worker may not start processes. Eight at most: a large image takes its gigabyte in each.
-        num_processes = 1 if multiprocessing.current_process().daemon else min(8, os.cpu_count() or 1, count // 32)
-        with contextlib.ExitStack() as stack:
-            tmp = stack.enter_context(_temporary(path))
-            tmp_index = stack.enter_context(_temporary(path.with_suffix(".npz")))
-            if num_processes > 1:
-                pool = stack.enter_context(multiprocessing.Pool(num_processes))
-                decoded: Iterator[np.ndarray | str] = pool.imap(decode, paths, chunksize=8)
-            else:
-                decoded = map(decode, paths)
-            console = Console(stderr=True)
-            text = f"decoding {count} images of {self.root} (once)"
-            with open(tmp, "wb") as file:
-                for index, image in enumerate(track(decoded, text, total=count, console=console, transient=True)):
-                    if isinstance(image, str):
-                        reasons[index] = image
-                    else:
-                        height[index], width[index] = image.shape[:2]
-                        file.write(image.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            size = 3 * height.astype(np.int64) * width
-            bad, why = np.array(list(reasons), np.int64), np.array(list(reasons.values()), np.str_)
-            with open(tmp_index, "wb") as file:
+        return decode, (self._path(index) for index in range(self.count))
+
+    def _title(self) -> str:
+        return f"decoding {self.count} images of {self.root} (once)"
+
+    def _write_index(self, path: Path, sizes: np.ndarray, reasons: dict[int, str]) -> None:
+        height, width = sizes.T
+        size = 3 * height.astype(np.int64) * width
+        bad, why = np.array(list(reasons), np.int64), np.array(list(reasons.values()), np.str_)
+        with _temporary(path.with_suffix(".npz")) as temporary:
+            with open(temporary, "wb") as file:
                 np.savez(file, start=np.cumsum(size) - size, height=height, width=width, bad=bad, reasons=why)
-            os.replace(tmp_index, path.with_suffix(".npz"))
-            os.replace(tmp, path)  # last: the cache is there when this file is
+            os.replace(temporary, path.with_suffix(".npz"))
+
+    def _open(self, path: Path) -> None:
+        with np.load(path.with_suffix(".npz")) as index:
+            self._start, self._height, self._width = index["start"], index["height"], index["width"]
+            self._reasons = dict(zip(index["bad"].tolist(), index["reasons"].tolist(), strict=True))
+
+
+class RenderedCache(PixelCache):
+    """Computed images of one size, as one array.
+
+    Args:
+        render: Index -> image (height, width, 3) uint8; a function of the index alone that can be pickled.
+        count: How many images.
+        shape: Their height and width, in px.
+        key: Everything that determines the pixels, but for the code: the first images stand for that.
+        title: What they are called.
+    """
+
+    _made, _per_process = "rendered", 512
+
+    def __init__(
+        self, render: Callable[[int], np.ndarray], count: int, shape: tuple[int, int], key: Sequence[Any], title: str
+    ):
+        super().__init__(count)
+        self.render, self.shape, self.key, self.title = render, shape, tuple(key), title
+
+    @property
+    def array(self) -> np.ndarray:
+        """All images, (count, height, width, 3) uint8, mapped into memory; only while ``is_open``."""
+        assert self._pixels is not None
+        return self._pixels.array.reshape(self.count, *self.shape, 3)
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(_FORMAT)
+        digest.update(repr((self.key, self.count, self.shape)).encode())
+        for index in range(min(_NUM_PROOFS, self.count)):  # a changed renderer makes a new cache
+            digest.update(self.render(index).tobytes())
+        return digest.hexdigest()[:24]
+
+    def _maker(self) -> tuple[Callable[[Any], np.ndarray | str], Iterable[Any]]:
+        return self.render, range(self.count)
+
+    def _title(self) -> str:
+        return f"rendering {self.count} images of {self.title} (once)"
+
+
+_NUM_PROOFS = 8
 
 
 @contextlib.contextmanager

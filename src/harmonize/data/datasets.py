@@ -58,6 +58,23 @@ class Split(Protocol):
 
 
 @runtime_checkable
+class ArraySplit(Split, Protocol):
+    """A split whose images are all readable and of one size, so that many can be had at once, without Pillow.
+
+    One that has to compute its images may also have ``in_memory``, which is then False (asked for after ``prepare()``):
+    worker processes are used for it, which are of no use where images are only copied.
+
+    """
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64, the label of every image, -1 where there is none."""
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """The images at some positions, (B, height, width, 3) uint8, the same pixels as those of ``load``."""
+
+
+@runtime_checkable
 class Dataset(Protocol):
     """A data set.
 
@@ -127,7 +144,7 @@ class Folder:
         num_train: Use that many training images, classes in proportion; None: all.
         num_val: The same for val.
         max_pixels: Larger images are skipped with a warning.
-        cache: Keep the decoded images, see ``cache.py``.
+        cache: Keep the decoded images, see ``cache.py``; auto: do not, because they are reduced, which changes pixels.
         cache_size: Shorter side of the images in the cache, px; None: twice ``image_size``.
         image_size: Side of the images that the network sees, px.
 
@@ -145,7 +162,7 @@ class Folder:
         num_train: int | None = None,
         num_val: int | None = None,
         max_pixels: int = MAX_PIXELS,
-        cache: bool = False,
+        cache: bool | str = False,
         cache_size: int | None = None,
         image_size: int = 224,
     ):
@@ -154,10 +171,12 @@ class Folder:
         for key, value in {"max_pixels": max_pixels, "cache_size": cache_size, "image_size": image_size}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{key}={value} is not possible: a number of at least 1 is needed")
+        if cache != "auto" and not isinstance(cache, bool):
+            raise ConfigError(f"data.cache={cache} is not known: auto, true or false is needed")
         self.root = existing_folder(root, self._missing)
         self.val_fraction, self.num_train, self.num_val = val_fraction, num_train, num_val
         self.max_pixels = max_pixels
-        self.cache_side = (cache_size or 2 * image_size) if cache else None
+        self.cache_side = (cache_size or 2 * image_size) if cache is True else None
         try:
             self.train_root, self.val_root = self._layout()
             self._class_folders = self._find_classes()
@@ -312,14 +331,18 @@ class ArrayImages(LabelledImages):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The image and its label."""
-        return Image.fromarray(np.ascontiguousarray(self._array(int(self.indices[index])))), int(self.labels[index])
+        return Image.fromarray(np.ascontiguousarray(self.pixels(np.array([index]))[0])), int(self.labels[index])
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """Several images at once, (B, height, width, 3) uint8."""
+        return self._gather(self.indices[indices])
 
     def name(self, index: int) -> str:
         """Title and number of the image."""
         return f"image {self.indices[index]} of {self.title}"
 
-    def _array(self, index: int) -> np.ndarray:
-        return self.images[index]
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        return self.images[rows]
 
 
 class _Downloadable:
@@ -421,8 +444,8 @@ class _STL10Images(ArrayImages):
         self._bytes = MappedBytes(path)
         super().__init__(np.empty(0), labels, title)
 
-    def _array(self, index: int) -> np.ndarray:
-        return self._bytes.array.reshape(-1, *self._SHAPE)[index].transpose(2, 1, 0)
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        return self._bytes.array.reshape(-1, *self._SHAPE)[rows].transpose(0, 3, 2, 1)
 
 
 class STL10(_Downloadable):
@@ -491,6 +514,7 @@ __all__ = [
     "CIFAR100",
     "STL10",
     "ArrayImages",
+    "ArraySplit",
     "Dataset",
     "Folder",
     "ImageFiles",

@@ -1,33 +1,35 @@
-"""From data set and recipes to loaders of ``Batch``.
+"""From data set and recipes to loaders of ``Batch``, or of ``RawBatch``, which becomes one on the device.
 
 A batch is a function of (seed, epoch, indices) alone: the number of workers, the ranks, the order of work and the other
-views that are built change no bit of it.
+views that are built change no bit of it. Where it is augmented changes pixels by one grey level at most.
 """
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.data
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from harmonize.data.batches import (
+    DrawnRecipe,
+    EvaluationArrays,
+    EvaluationImages,
+    RawBatch,
+    Recipe,
+    Source,
+    TrainingArrays,
+    TrainingImages,
+)
 from harmonize.data.datasets import Dataset, Split, SplitName
-from harmonize.data.images import WrongData
 from harmonize.data.sampler import EpochBatchSampler, ShardedBatchSampler, evenly
 from harmonize.data.views import Evaluation
-from harmonize.functional.seeding import mix, mix_int
 from harmonize.types import Batch, ConfigError
-
-Recipe = Callable[[Image.Image], tuple[Tensor, ...]]
-_MOST_UNREADABLE_IN_A_ROW = 1000
 
 
 class DataModule:
@@ -49,10 +51,15 @@ class DataModule:
         labelled: Train on the labelled images, which is ``probe_split`` where the data set has one.
         train_indices: Positions of the images of the training split to train on; None: all. The others are not even
             stand-ins for unreadable ones, so they can be held out.
+        augment: Where training images are augmented: by Pillow in the ``workers``, by tensor operations on the
+            ``device`` (loaders then yield ``RawBatch``), or ``auto``: on the device if that is a GPU, or if whole
+            batches can be copied without Pillow; in the workers if a recipe does not say what it draws.
+        on_gpu: Whether the device is a GPU.
 
     Raises:
         ConfigError: The batch does not divide over ranks and micro-batches, the images to train on are fewer than it,
-            there are no labels although they are needed, or ``train_indices`` are not different positions of the split.
+            there are no labels although they are needed, ``train_indices`` are not different positions of the split,
+            or a recipe cannot be applied where ``augment`` says.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class DataModule:
         eval_interpolation: str = "bicubic",
         labelled: bool = False,
         train_indices: Sequence[int] | None = None,
+        augment: str = "auto",
+        on_gpu: bool = False,
     ):
         for view, recipe in required_views.items():
             if recipe not in recipes:
@@ -80,9 +89,11 @@ class DataModule:
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
         self.micro_batch = micro_batch_size(batch_size, world_size, accumulate)
         self._recipes = {view: recipes[recipe] for view, recipe in required_views.items()}
+        self._drawn = {view: recipe for view, recipe in self._recipes.items() if isinstance(recipe, DrawnRecipe)}
+        self._augment, self._on_gpu = _check_augment(augment, recipes, required_views), on_gpu
         self._clean_view = partial(Evaluation, image_size, interpolation=eval_interpolation)
         self._clean = self._clean_view(eval_crop)
-        self._sources: dict[tuple[str, SplitName], _Source] = {}
+        self._sources: dict[tuple[str, SplitName], Source] = {}
         if labelled and dataset.classes is None:
             raise ConfigError("data has no labels, or one class: training with labels needs two classes or more")
         self._method = self._labelled_method if labelled else "split"
@@ -113,8 +124,18 @@ class DataModule:
             source = self._probe_source(name)
             source.next_readable(0, source.split.load)
 
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether training images are augmented as tensors on the device, rather than by Pillow in the workers."""
+        if len(self._drawn) < len(self._recipes):
+            return False
+        in_array = self._source("train", self._method).array is not None
+        return self._augment == "device" or (self._augment == "auto" and (self._on_gpu or in_array))
+
     def train_loader(self, epoch: int = 0, start: int = 0) -> DataLoader:
         """Batches with the required views, shuffled anew in each epoch (``loader.batch_sampler.set_epoch``).
+
+        They are ``RawBatch``es where the device augments. There are no workers where images need only be copied.
 
         Args:
             epoch: The epoch to begin with.
@@ -132,8 +153,11 @@ class DataModule:
             start,
             self._positions,
         )
-        images = _TrainingImages(source, self._recipes, self.seed, self._positions)
-        return make_loader(images, sampler, images.collate, self.num_workers, persistent=True)
+        if self.augments_on_device and source.array is not None:
+            arrays = TrainingArrays(source.array, self._drawn, self.seed)
+            return make_loader(arrays, sampler, _whole, 0, persistent=False)
+        images = TrainingImages(source, self._recipes, self.seed, self._positions, raw=self.augments_on_device)
+        return make_loader(images, sampler, _whole, self.num_workers, persistent=True)
 
     def spread(self, split: SplitName, num_images: int | None = None) -> list[int]:
         """Positions of evenly spaced images of ``train`` or ``val``, the same list in every epoch and run.
@@ -180,14 +204,18 @@ class DataModule:
             eval_crop: Share of the resized side that the centre crop keeps, where it should differ from the usual one.
         """
         clean = self._clean if eval_crop is None else self._clean_view(eval_crop)
-        return self._clean_loader(_Source(split), clean, range(len(split)) if indices is None else indices, batch_size)
+        return self._clean_loader(Source(split), clean, range(len(split)) if indices is None else indices, batch_size)
 
     def _clean_loader(
-        self, source: _Source, clean: Evaluation, indices: Sequence[int], batch_size: int | None
+        self, source: Source, clean: Evaluation, indices: Sequence[int], batch_size: int | None
     ) -> DataLoader:
         sampler = ShardedBatchSampler(indices, batch_size or self.micro_batch, self.rank, self.world_size)
-        images = _EvaluationImages(source, clean, self.seed)
-        return make_loader(images, sampler, images.collate, self.num_workers, persistent=False)
+        if source.array is not None and len(source.split):
+            height, width = source.array.pixels(np.array([0])).shape[1:3]
+            if clean.is_whole(height, width):
+                return make_loader(EvaluationArrays(source.array, self.seed), sampler, _whole, 0, persistent=False)
+        images = EvaluationImages(source, clean, self.seed)
+        return make_loader(images, sampler, _whole, self.num_workers, persistent=False)
 
     def by_class(self, split: SplitName, num_classes: int, per_class: int, num_read: int = 256) -> list[int]:
         """Positions of the first images of the first classes, among evenly spaced ones; fewer if there are no more."""
@@ -207,13 +235,13 @@ class DataModule:
     def _labelled_method(self) -> str:
         return "probe_split" if hasattr(self.dataset, "probe_split") else "split"
 
-    def _probe_source(self, name: SplitName) -> _Source:
+    def _probe_source(self, name: SplitName) -> Source:
         return self._source(name, self._labelled_method)
 
-    def _source(self, name: SplitName, method: str) -> _Source:
+    def _source(self, name: SplitName, method: str) -> Source:
         """One for all loaders of a split, so that they know which images have been named."""
         if (method, name) not in self._sources:
-            self._sources[method, name] = _Source(getattr(self.dataset, method)(name))
+            self._sources[method, name] = Source(getattr(self.dataset, method)(name))
         return self._sources[method, name]
 
 
@@ -275,6 +303,23 @@ def make_loader(
     )
 
 
+def _whole(batch: Batch | RawBatch) -> Batch | RawBatch:
+    """Stands for ``collate_fn``: what is looked up is a batch already."""
+    return batch
+
+
+def _check_augment(augment: str, recipes: Mapping[str, Recipe], required_views: Mapping[str, str]) -> str:
+    if augment not in ("auto", "workers", "device"):
+        raise ConfigError(f"data.augment={augment} is not known: auto, workers or device is needed")
+    not_drawn = [recipe for recipe in required_views.values() if not isinstance(recipes[recipe], DrawnRecipe)]
+    if augment == "device" and not_drawn:
+        raise ConfigError(
+            f"data.augment=device is not possible: the recipe {not_drawn[0]} does not say what it draws (it has no "
+            "method draw); auto or workers is needed"
+        )
+    return augment
+
+
 def _sorted_positions(indices: Sequence[int], num_images: int) -> Tensor:
     positions = torch.tensor(sorted(indices), dtype=torch.int64)
     if len(positions) == 0 or positions[0] < 0 or positions[-1] >= num_images or len(positions.unique()) < len(indices):
@@ -282,136 +327,3 @@ def _sorted_positions(indices: Sequence[int], num_images: int) -> Tensor:
             f"train_indices is not possible: different positions from 0 to {num_images - 1} are needed, at least one"
         )
     return positions
-
-
-class UnreadableData(WrongData):
-    """No image can be read."""
-
-
-class _Source:
-    """A prepared split whose unreadable images are each named once in a run, by the first worker to meet them.
-
-    Every validation starts new workers, hence the memory that all processes share.
-    """
-
-    def __init__(self, split: Split):
-        if hasattr(split, "prepare"):  # in this process: workers may not start processes for it
-            split.prepare()
-        self.split = split
-        self.named = torch.zeros(len(split), dtype=torch.bool).share_memory_()
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Image and label.
-
-        Raises:
-            OSError: The image is unreadable; the first time a warning says so.
-        """
-        try:
-            return self.split.load(index)
-        except OSError as error:
-            if not self.named[index]:
-                self.named[index] = True
-                warnings.warn(f"skipped {self.split.name(index)}, which cannot be read: {error}", stacklevel=1)
-            raise
-
-    def next_readable(
-        self,
-        index: int,
-        read: Callable[[int], tuple[Image.Image, int]] | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[int, Image.Image, int]:
-        """Index, image and label of the first readable image from ``index`` on (after the last comes the first).
-
-        Args:
-            index: Where to begin.
-            read: How to read; None: :meth:`read`.
-            positions: Sorted; the only images to choose from. None: all.
-
-        Raises:
-            UnreadableData: There is none, or too many in a row are unreadable.
-        """
-        among = len(self.split) if positions is None else len(positions)
-        first = index if positions is None else int(torch.searchsorted(positions, index))
-        num = min(_MOST_UNREADABLE_IN_A_ROW, among)
-        reason = ""
-        for place in range(first, first + num):
-            candidate = place % among if positions is None else int(positions[place % among])
-            try:
-                return candidate, *(read or self.read)(candidate)
-            except OSError as error:
-                reason = reason or f"{self.split.name(candidate)}: {error}".partition("\n")[0]
-        raise UnreadableData(f"data.root holds no usable images: {num} in a row cannot be read, from {reason}")
-
-
-@dataclass
-class _Sample:
-    key: tuple[int, int]  # (epoch, index) that was asked for: its seed comes from this
-    views: dict[str, tuple[Tensor, ...]]
-    image: Tensor | None
-    label: int
-    index: int
-
-
-class _Images(torch.utils.data.Dataset):
-    """A split as the data loader sees it."""
-
-    def __init__(self, source: _Source, seed: int):
-        self.source, self.seed = source, seed
-
-    def collate(self, samples: Sequence[_Sample]) -> Batch:
-        """Stack samples into a batch."""
-        images = [sample.image for sample in samples if sample.image is not None]
-        return Batch(
-            views={
-                name: tuple(torch.stack(view) for view in zip(*(sample.views[name] for sample in samples), strict=True))
-                for name in samples[0].views
-            },
-            image=torch.stack(images) if images else None,
-            label=torch.tensor([sample.label for sample in samples]),
-            index=torch.tensor([sample.index for sample in samples]),
-            seed=mix(self.seed, *torch.tensor([sample.key for sample in samples]).unbind(1)),
-        )
-
-
-class _TrainingImages(_Images):
-    """(epoch, index) -> the required views. The next readable image stands in for one that is not."""
-
-    def __init__(self, source: _Source, recipes: Mapping[str, Recipe], seed: int, positions: Tensor | None):
-        super().__init__(source, seed)
-        self.recipes, self.positions = dict(recipes), positions
-
-    def __getitem__(self, key: tuple[int, int]) -> _Sample:
-        epoch, index = key
-        used, image, label = self.source.next_readable(index, positions=self.positions)
-        views = {}
-        with torch.random.fork_rng(devices=[]):
-            for name, recipe in self.recipes.items():
-                # Seeded by the index that was asked for: a stand-in gets its own augmentation, not a copy of one.
-                torch.default_generator.manual_seed(mix_int(self.seed, epoch, index, zlib.crc32(name.encode())))
-                views[name] = recipe(image)
-        return _Sample(key, views, None, label, used)
-
-
-class _EvaluationImages(_Images):
-    """Index -> the clean view; an unreadable image is left out of its batch."""
-
-    def __init__(self, source: _Source, clean: Evaluation, seed: int):
-        super().__init__(source, seed)
-        self.clean = clean
-
-    def __getitem__(self, index: int) -> _Sample | None:
-        try:
-            image, label = self.source.read(index)
-        except OSError:
-            return None
-        return _Sample((0, index), {}, self.clean(image), label, index)
-
-    def collate(self, samples: Sequence[_Sample | None]) -> Batch:
-        """Stack the readable samples; a batch without any is empty, unless that is so for all images."""
-        readable = [sample for sample in samples if sample is not None]
-        if readable:
-            return super().collate(readable)
-        self.source.next_readable(0)
-        none = torch.empty(0, dtype=torch.int64)
-        side = self.clean.crop.size
-        return Batch(views={}, image=torch.empty(0, 3, *side), label=none, index=none, seed=none)

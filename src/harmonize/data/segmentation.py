@@ -96,7 +96,7 @@ class _ShapesMasksSplit:
         return len(self.images)
 
     def prepare(self) -> None:
-        self.images.prepare()
+        self.images.make_tables()
 
     def load(self, index: int) -> tuple[Image.Image, Tensor]:
         return self.images.load_with_mask(index)

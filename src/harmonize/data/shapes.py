@@ -1,12 +1,13 @@
-"""The embedded data set: textured silhouettes on cluttered textured backgrounds, rendered when they are asked for.
+"""The embedded data set: textured silhouettes on cluttered textured backgrounds, rendered rather than downloaded.
 
-Each image has two independent labels, the silhouette and the texture of its object, and a segmentation mask. Nothing is
-downloaded and nothing is stored: an image is a pure function of (seed, split, index), and the same scene at every
-image size. ``docs/shapes.md`` shows it and measures what is and what is not learnable from it.
+Each image has two independent labels, the silhouette and the texture of its object, and a segmentation mask. An image
+is a pure function of (seed, split, index), and the same scene at every image size; the cache holds nothing but copies.
+``docs/shapes.md`` shows it and measures what is and what is not learnable from it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from functools import lru_cache
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from harmonize.data import silhouettes, textures
+from harmonize.data.cache import RenderedCache
 from harmonize.types import ConfigError
 
 Array = NDArray[np.float32]
@@ -26,6 +28,9 @@ SHAPES = list(silhouettes.SILHOUETTES)
 TEXTURES = list(textures.TEXTURES)
 NUM_KINDS = len(SHAPES)
 """Number of shapes, and of textures."""
+
+LARGEST_CACHE = 4 * 2**30
+"""Bytes of rendered images that a split keeps in a file unless it is told to keep more."""
 
 HELD_OUT = (0, 1, 4)
 """Differences (texture - shape) mod NUM_KINDS that occur in the split ``conflict`` alone: 3 of 12 pairs per label."""
@@ -249,7 +254,15 @@ class ShapesSplit:
     """
 
     def __init__(
-        self, seed: int, name: str, num: int, differences: list[int], image_size: int, label: str, clutter: float
+        self,
+        seed: int,
+        name: str,
+        num: int,
+        differences: list[int],
+        image_size: int,
+        label: str,
+        clutter: float,
+        cache: bool,
     ) -> None:
         self._name, self._image_size, self._label, self._clutter = name, image_size, label, clutter
         self._key = (seed, zlib.crc32(name.encode()))
@@ -262,13 +275,38 @@ class ShapesSplit:
         difference = np.array(differences)[cycle.ravel()[:rounds], None]
         self.shapes = order.ravel()[:num]
         self.textures = ((order + difference) % NUM_KINDS).ravel()[:num]
+        key, title = ("shapes", seed, name, image_size, clutter), f"shapes/{name}"
+        shape = (image_size, image_size)
+        self._cache = RenderedCache(copy.copy(self)._image, num, shape, key, title) if cache else None
 
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def prepare(self) -> None:
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(len,) the label of every image."""
+        return self.shapes if self._label == "shape" else self.textures
+
+    def make_tables(self) -> None:
         """Make the tables now, so that worker processes that fork from this one share them."""
         _atlas()
+
+    def prepare(self) -> None:
+        """Open the cache, or build it; without one, make the tables."""
+        self.make_tables()
+        if self._cache:
+            self._cache.prepare()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether :meth:`pixels` copies from the cache: before :meth:`prepare`, and without a cache, it renders."""
+        return self._cache is not None and self._cache.is_open
+
+    def pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Several images at once, (B, image_size, image_size, 3)."""
+        if self._cache is not None and self._cache.is_open:
+            return self._cache.array[indices]
+        return np.stack([self._image(index) for index in indices.tolist()])
 
     def factors(self, index: int) -> tuple[int, int]:
         """(shape, texture) of an image, as indices into SHAPES and TEXTURES."""
@@ -278,8 +316,8 @@ class ShapesSplit:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The RGB image and its label."""
-        shape, texture = self.factors(index)
-        return Image.fromarray(self._render(index)[0]), shape if self._label == "shape" else texture
+        self.factors(index)  # refuses an index out of range
+        return Image.fromarray(self.pixels(np.array([index]))[0]), int(self.labels[index])
 
     def mask(self, index: int) -> Tensor:
         """The segmentation mask, (image_size, image_size) int64: 0 background or occluder, 1 + shape the object."""
@@ -297,6 +335,9 @@ class ShapesSplit:
 
     def _labelled(self, index: int, visible: NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(visible * np.int64(1 + self.factors(index)[0]))
+
+    def _image(self, index: int) -> NDArray[np.uint8]:
+        return self._render(index)[0]
 
     def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         scene = draw(*self._key, index, clutter=self._clutter)
@@ -317,6 +358,7 @@ class Shapes:
         clutter: From 0 (a bright, upright, whole object on a plain dark ground) to 1 (turned, tilted, partly hidden, on
             textures and blobs of any colour).
         seed: The data set's own seed: runs of different seeds see the same images unless it is changed.
+        cache: Keep the rendered images of a split in a file, see ``cache.py``; auto: if it takes at most 4 GiB.
 
     Attributes:
         classes: The names of the labels.
@@ -333,6 +375,7 @@ class Shapes:
         label: str = "shape",
         clutter: float = 1.0,
         seed: int = 0,
+        cache: bool | str = "auto",
     ) -> None:
         lowest = {"data.num_train": (num_train, 1), "data.num_val": (num_val, 1)}
         lowest |= {"data.image_size": (image_size, 16), "data.dataset.seed": (seed, 0)}
@@ -343,8 +386,11 @@ class Shapes:
             raise ConfigError(f"data.label={label} must be shape or texture.")
         if isinstance(clutter, bool) or not isinstance(clutter, (int, float)) or not 0 <= clutter <= 1:
             raise ConfigError(f"data.clutter={clutter} must be a number between 0 and 1.")
+        if cache != "auto" and not isinstance(cache, bool):
+            raise ConfigError(f"data.cache={cache} must be auto, true or false.")
         self.classes = SHAPES if label == "shape" else TEXTURES
         self._image_size, self._label, self._clutter, self._seed = image_size, label, clutter, seed
+        self._cache = cache
         together = [d for d in range(NUM_KINDS) if d not in HELD_OUT]
         self._splits = {"train": (num_train, together), "val": (num_val, together), "conflict": (num_val, [*HELD_OUT])}
 
@@ -357,4 +403,5 @@ class Shapes:
         if name not in self._splits:
             raise ValueError(f"data=shapes has no split {name!r}, only {', '.join(self._splits)}.")
         num, differences = self._splits[name]
-        return ShapesSplit(self._seed, name, num, differences, self._image_size, self._label, self._clutter)
+        cache = 3 * num * self._image_size**2 <= LARGEST_CACHE if self._cache == "auto" else bool(self._cache)
+        return ShapesSplit(self._seed, name, num, differences, self._image_size, self._label, self._clutter, cache)

@@ -1,13 +1,15 @@
 """The augmentations of the official pre-training recipes, and the clean view of evaluation.
 
-Each recipe turns a PIL image (mode RGB) into its views: normalised fp32 tensors (3, image_size, image_size). Every
-random number comes from torch's global generator, which the caller seeds.
+A recipe draws the parameters of its views, for a batch at a time, as a function of one seed per image; they are applied
+by Pillow (:func:`augment_image`) or as tensor operations on the device (``batched.py``), with the same result to one
+grey level. Views are normalised fp32 tensors (3, image_size, image_size).
 
 Sources: MoCo v3 ``moco/loader.py`` and ``main_moco.py``; SimMIM ``data/data_simmim.py``; MAE ``main_pretrain.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from harmonize.data.augmentation import Augmentation, RandomView
+from harmonize.functional.seeding import mix
 from harmonize.types import IMAGE_MEAN, IMAGE_STD, ConfigError
 
 
@@ -25,34 +29,78 @@ def to_tensor(image: Image.Image) -> Tensor:
     >>> to_tensor(Image.new("RGB", (1, 1), "white")).flatten()
     tensor([2.2489, 2.4286, 2.6400])
     """
+    return normalise(F.pil_to_tensor(image))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """The same for uint8 pixels (..., 3, h, w)."""
     # Divides by 255 as the recipes' ToTensor did; v2.ToDtype multiplies by 1/255, which rounds differently.
-    pixels = F.pil_to_tensor(image).float().div_(255)
-    return pixels.sub_(_MEAN).div_(_STD)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(_MEAN).div_(_STD)
 
 
 _MEAN = torch.tensor(IMAGE_MEAN)[:, None, None]
 _STD = torch.tensor(IMAGE_STD)[:, None, None]
 
 
-class GaussianBlur:
-    """PIL's Gaussian blur (not torchvision's kernel, which blurs differently).
+def crop_image(image: Image.Image, augmentation: Augmentation, row: int = 0) -> Image.Image:
+    """The crop of one row of parameters, resized by Pillow, which smooths when it reduces."""
+    size = [augmentation.image_size, augmentation.image_size]
+    mode = v2.InterpolationMode(augmentation.interpolation)
+    return F.resized_crop(image, *augmentation.box[row].tolist(), size, mode)
+
+
+def augment_image(image: Image.Image, augmentation: Augmentation, row: int = 0) -> Tensor:
+    """One view of one image by Pillow, as the official code makes it.
 
     Args:
-        sigma: Range that the radius is drawn from, in px.
-        prob: Probability of blurring.
+        image: In mode RGB.
+        augmentation: Parameters of a batch.
+        row: Which of them.
+
+    Returns:
+        (3, image_size, image_size) fp32, normalised.
+    """
+    view = crop_image(image, augmentation, row)
+    factors = augmentation.factors[row].tolist()
+    for step in augmentation.order[row].tolist():
+        if not math.isnan(factors[step]):
+            view = _JITTER[step](view, factors[step])
+    if augmentation.gray[row]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if augmentation.sigma[row]:
+        view = view.filter(ImageFilter.GaussianBlur(radius=augmentation.sigma[row].item()))  # torchvision's differs
+    if augmentation.solarize[row]:
+        view = F.solarize(view, augmentation.threshold)
+    if augmentation.flip[row]:
+        view = F.horizontal_flip(view)
+    return to_tensor(view)
+
+
+_JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+class Drawn:
+    """A recipe whose parameters are drawn for a whole batch, and applied by Pillow or by tensor operations.
+
+    Args:
+        views: What the parameters of each view are drawn from.
     """
 
-    def __init__(self, sigma: Sequence[float], prob: float):
-        self.sigma, self.prob = tuple(sigma), prob
+    def __init__(self, *views: RandomView):
+        self.views = views
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur, or not."""
-        if torch.rand(1) >= self.prob:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(*self.sigma).item()))
+    def draw(self, seed: Tensor, height: Tensor, width: Tensor) -> tuple[Augmentation, ...]:
+        """Parameters of each view, a function of each image's seed and size alone.
+
+        Args:
+            seed: (B,) int64.
+            height: (B,) int64, of the images, in px.
+            width: (B,) int64, of the images, in px.
+        """
+        return tuple(view.draw(mix(seed, number), height, width) for number, view in enumerate(self.views))
 
 
-class MoCoV3:
+class MoCoV3(Drawn):
     """The two views of MoCo v3, which differ in blur and solarisation.
 
     In this order: random resized crop (bilinear), colour jitter, greyscale, blur, solarisation, horizontal flip.
@@ -93,28 +141,29 @@ class MoCoV3:
         check_range(f"{key}.blur_sigma", blur_sigma)
         if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
             raise ConfigError(f"{key}.jitter={list(jitter)} is not possible: 4 numbers from 0 up, the last at most 0.5")
-        crop = random_crop(key, image_size, crop_scale, crop_ratio, "bilinear")
-        self.views = [
-            v2.Compose(
-                [
-                    crop,
-                    v2.RandomApply([v2.ColorJitter(*jitter)], p=jitter_prob),
-                    v2.RandomGrayscale(gray_prob),
-                    GaussianBlur(blur_sigma, blur_prob[view]),
-                    v2.RandomSolarize(solarize_threshold, solarize_prob[view]),
-                    v2.RandomHorizontalFlip(flip_prob),
-                    to_tensor,
-                ]
+        check_crop(key, crop_scale, crop_ratio)
+        super().__init__(
+            *(
+                RandomView(
+                    image_size=image_size,
+                    interpolation="bilinear",
+                    crop_scale=tuple(crop_scale),
+                    crop_ratio=tuple(crop_ratio),
+                    flip_prob=flip_prob,
+                    jitter=tuple(jitter),
+                    jitter_prob=jitter_prob,
+                    gray_prob=gray_prob,
+                    blur_sigma=tuple(blur_sigma),
+                    blur_prob=blur_prob[view],
+                    solarize_threshold=solarize_threshold,
+                    solarize_prob=solarize_prob[view],
+                )
+                for view in (0, 1)
             )
-            for view in (0, 1)
-        ]
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Both views of the image."""
-        return self.views[0](image), self.views[1](image)
+        )
 
 
-class SimMIM:
+class SimMIM(Drawn):
     """The one view of SimMIM: a mild random resized crop and a horizontal flip.
 
     Args:
@@ -136,12 +185,9 @@ class SimMIM:
         flip_prob: float = 0.5,
     ):
         check_probabilities(f"{self._key}.flip_prob", [flip_prob], num=1)
-        crop = random_crop(self._key, image_size, crop_scale, crop_ratio, interpolation)
-        self.view = v2.Compose([crop, v2.RandomHorizontalFlip(flip_prob), to_tensor])
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor]:
-        """The view of the image."""
-        return (self.view(image),)
+        check_crop(self._key, crop_scale, crop_ratio)
+        interpolation_mode(f"{self._key}.interpolation", interpolation)
+        super().__init__(RandomView(image_size, interpolation, tuple(crop_scale), tuple(crop_ratio), flip_prob))
 
 
 class MAE(SimMIM):
@@ -186,16 +232,25 @@ class Evaluation:
             image = F.center_crop(image, [min(image.height, longest), min(image.width, longest)])
         return to_tensor(self.crop(self.resize(image)))
 
+    def is_whole(self, height: int, width: int) -> bool:
+        """Whether images of this size, in px, are seen as they are: then only :func:`normalise` is left to do."""
+        return tuple(self.crop.size) == (height, width) and self.resize.size == [height] == [width]
+
 
 def random_crop(
     key: str, image_size: int | tuple[int, int], scale: Sequence[float], ratio: Sequence[float], interpolation: str
 ) -> v2.RandomResizedCrop:
     """Torchvision's random resized crop, after a check of its parameters; ``key`` names them in an error."""
-    check_range(f"{key}.crop_scale", scale, highest=1)
-    check_range(f"{key}.crop_ratio", ratio)
+    check_crop(key, scale, ratio)
     return v2.RandomResizedCrop(
         image_size, tuple(scale), tuple(ratio), interpolation_mode(f"{key}.interpolation", interpolation)
     )
+
+
+def check_crop(key: str, scale: Sequence[float], ratio: Sequence[float]) -> None:
+    """Raise a sentence naming ``key`` unless these are ranges of a crop's area and ratio."""
+    check_range(f"{key}.crop_scale", scale, highest=1)
+    check_range(f"{key}.crop_ratio", ratio)
 
 
 def interpolation_mode(key: str, name: str) -> v2.InterpolationMode:

@@ -46,11 +46,11 @@ def mix(*values: int | Tensor) -> Tensor:
             state = _step(state, value)
             continue
         # numbers stay numbers: moving them to a GPU would make the host wait for it
-        state, value = (x if isinstance(x, Tensor) else _signed(x) for x in (state, value))
-        state = (state ^ value) + _GOLDEN
-        state = (state ^ _shift(state, 30)) * _M1
-        state = (state ^ _shift(state, 27)) * _M2
-        state = state ^ _shift(state, 31)
+        left, right = (x if isinstance(x, Tensor) else _signed(x) for x in (state, value))
+        mixed = torch.as_tensor(left ^ right) + _GOLDEN
+        mixed = (mixed ^ _shift(mixed, 30)) * _M1
+        mixed = (mixed ^ _shift(mixed, 27)) * _M2
+        state = mixed ^ _shift(mixed, 31)
     return state if isinstance(state, Tensor) else torch.tensor(_signed(state), dtype=torch.int64)
 
 

@@ -117,6 +117,8 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
         accumulate=cfg.trainer.accumulate,
         world_size=world_size,
         rank=_rank(),
+        augment=cfg.data.augment,
+        on_gpu=_on_gpu(cfg),
     )
     steps_per_epoch, total_steps = _length(data.steps_per_epoch, trainer_config)
     module = PretrainModule(
@@ -156,7 +158,7 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
         if step < total_steps:
             if resume is not None:
                 console.print(f"Resuming at step {step} of {total_steps} from {resume.path.name}.")
-            console.print(_how(cfg, precision, compiled))
+            console.print(_how(cfg, precision, compiled, data))
             _fit(cfg, folder, module, data, resume, record, wandb, console, compiled)
         metrics = {**record.latest, "total_steps": total_steps}
         record.complete(metrics)
@@ -304,7 +306,7 @@ def _precision(cfg: DictConfig) -> str:
     return name
 
 
-def _how(cfg: DictConfig, precision: str, compiled: bool) -> str:
+def _how(cfg: DictConfig, precision: str, compiled: bool, data: DataModule) -> str:
     """One line: on what the run computes, and what ``auto`` has chosen."""
     if _on_gpu(cfg):
         hardware = torch.cuda.get_device_name()
@@ -313,7 +315,12 @@ def _how(cfg: DictConfig, precision: str, compiled: bool) -> str:
         hardware = f"the CPU with {num} thread{'s' if num > 1 else ''}"
     chosen = " (the fastest safe one here)" if str(cfg.trainer.precision) == "auto" else ""
     code = ", compiled blocks" if compiled else ""
-    return f"Computing on {hardware} in {precision}{' bit' * precision.isdigit()}{chosen}{code}."
+    where = (
+        "whole batches there"
+        if data.augments_on_device
+        else f"images in {cfg.data.num_workers or 'no'} worker processes"
+    )
+    return f"Computing on {hardware} in {precision}{' bit' * precision.isdigit()}{chosen}{code}; augmenting {where}."
 
 
 def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:

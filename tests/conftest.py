@@ -1,0 +1,17 @@
+"""For all tests: nothing is written to the user's cache."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Caches of rendered and decoded images go to a folder of this session, in child processes too."""
+    before = os.environ.get("HARMONIZE_CACHE")
+    os.environ["HARMONIZE_CACHE"] = str(tmp_path_factory.mktemp("harmonize-cache"))
+    yield
+    if before is None:
+        del os.environ["HARMONIZE_CACHE"]
+    else:
+        os.environ["HARMONIZE_CACHE"] = before
