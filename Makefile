@@ -1,7 +1,7 @@
 # The project's commands; `make` alone lists them. They need Python 3.10 ... 3.13 and make, and set up .venv themselves.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint type format clean
+.PHONY: help demo test test-all lint type format bench clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -40,6 +40,16 @@ type: $(INSTALLED) ## Check the types
 format: $(INSTALLED) ## Repair style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+# The other projects that it compares with come with the extra; see benchmarks/README.md.
+BENCHMARKS := train_step input_pipeline diagnostics evaluation startup growth
+
+bench: $(INSTALLED) ## Measure speed and memory against the hardware's limit and other projects (hours; outputs/bench)
+	@if uv --version >/dev/null 2>&1; then uv pip install --python $(RUN) --editable '.[bench]'; \
+	else $(RUN) -m pip install --editable '.[bench]'; fi
+	@for name in $(BENCHMARKS); do \
+		$(RUN) -m benchmarks.$$name --json outputs/bench/$$name.json || exit 1; \
+	done
 
 clean: ## Remove caches and build products; outputs/ and .venv stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

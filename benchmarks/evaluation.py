@@ -18,16 +18,12 @@ their random crops. In these two the times are put together from those of one ba
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import Report, Row, interleave, parser, repeat, row
 from harmonize.backbones.timm_vit import ViTEncoder
 from harmonize.evaluation.features import pooled_features
 from harmonize.functional.knn import MAX_BYTES, knn_correct, tile_shape
@@ -40,64 +36,6 @@ LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0
 # Of the columns [class tokens of the last 4 blocks, mean patch token], in units of the encoder's width.
 FEATURES = ((3, 4), (3, 5), (0, 4), (0, 5))
 ONE_FEATURE = (3, 5)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: What was measured.
-        ours: Median seconds.
-        peer: Median seconds of what it is compared with, if any.
-        limit: Median seconds of what no implementation can do without.
-        ratio_peer: Median of ours over peer, round by round.
-        ratio_limit: Median of ours over limit.
-        goal: Upper bound of the ratio that the goal is about.
-        met: Whether it is kept.
-    """
-
-    name: str
-    ours: float
-    peer: float | None = None
-    limit: float | None = None
-    ratio_peer: float | None = None
-    ratio_limit: float | None = None
-    goal: float | None = None
-    met: bool | None = None
-
-
-def row(name: str, ours: list[float], peer: list[float], limit: list[float], goal: float | None, of: str) -> Row:
-    """A row from the times of all rounds; empty lists where there is no peer or no limit. The goal is about ``of``."""
-
-    def ratio(other: list[float]) -> float | None:
-        return statistics.median(a / b for a, b in zip(ours, other, strict=True)) if other else None
-
-    ratios = {"peer": ratio(peer), "limit": ratio(limit)}
-    chosen = ratios[of]
-    return Row(
-        name,
-        statistics.median(ours),
-        statistics.median(peer) if peer else None,
-        statistics.median(limit) if limit else None,
-        ratios["peer"],
-        ratios["limit"],
-        goal,
-        None if goal is None or chosen is None else chosen <= goal,
-    )
-
-
-def rounds(actions: dict[str, Callable[[], object]], num: int) -> dict[str, list[float]]:
-    """Seconds of each action in each round; who begins changes from round to round."""
-    for action in actions.values():
-        action()
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for i in range(num):
-        for name in list(actions)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
-            actions[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def measure_knn(num_bank: int, num_queries: int, num_features: int, num_classes: int, num_rounds: int) -> Row:
@@ -118,7 +56,7 @@ def measure_knn(num_bank: int, num_queries: int, num_features: int, num_classes:
     def knn() -> None:
         knn_correct(bank, labels[:num_bank], queries, labels[num_bank:], num_classes, KS, TEMPERATURES, (1, 5))
 
-    times = rounds({"knn": knn, "products": products}, num_rounds)
+    times = interleave({"knn": knn, "products": products}, num_rounds)
     name = f"knn, {num_queries} x {num_bank} x {num_features}, {num_classes} classes"
     return row(name, times["knn"], [], times["products"], KNN_GOAL, "limit")
 
@@ -177,16 +115,6 @@ class Heads:
         return run
 
 
-def repeat(action: Callable[[], object], times: int) -> Callable[[], None]:
-    """The action several times over."""
-
-    def run() -> None:
-        for _ in range(times):
-            action()
-
-    return run
-
-
 def encoder_pass(width: int, num_images: int) -> Callable[[], object]:
     """All features of some images of 64 px by a ViT of 12 blocks with patches of 8 px (ViT-Ti: width 192)."""
     torch.manual_seed(0)
@@ -205,7 +133,7 @@ def measure_grid(options: argparse.Namespace, num_classes: int, batch: int) -> l
     one = Heads(cache, labels, num_classes, (ONE_FEATURE,), LRS[:1], batch)
     alone = [Heads(cache, labels, num_classes, (feature,), LRS[:1], batch) for feature in FEATURES]
     steps, passes = options.steps, min(options.encoder_images, batch)
-    times = rounds(
+    times = interleave(
         {
             "grid": repeat(grid.step, steps),
             "one": repeat(one.step, steps),
@@ -241,59 +169,32 @@ def measure_grid(options: argparse.Namespace, num_classes: int, batch: int) -> l
     ]
 
 
-def show(line: Row) -> None:
-    """Print one row."""
-
-    def text(value: float | None, width: int, digits: int) -> str:
-        return " " * width if value is None else f"{value:{width}.{digits}f}"
-
-    verdict = "" if line.met is None else f"  goal {line.goal}: {'met' if line.met else 'missed'}"
-    columns = [text(value, 11, 4) for value in (line.ours, line.peer, line.limit)]
-    columns += [text(value, 9, 2) for value in (line.ratio_peer, line.ratio_limit)]
-    print(f"{line.name:<42}{''.join(columns)}{verdict}", flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", type=int, default=50_000, help="features that are neighbours")
-    parser.add_argument("--queries", type=int, default=5_000, help="features whose neighbours are sought")
-    parser.add_argument("--features", type=int, default=384, help="width of these features")
-    parser.add_argument("--images", type=int, default=20_000, help="cached features of the grid")
-    parser.add_argument(
+    """Measure, print the tables and write them."""
+    options = parser(__doc__, rounds=7)
+    options.add_argument("--bank", type=int, default=50_000, help="features that are neighbours")
+    options.add_argument("--queries", type=int, default=5_000, help="features whose neighbours are sought")
+    options.add_argument("--features", type=int, default=384, help="width of these features")
+    options.add_argument("--images", type=int, default=20_000, help="cached features of the grid")
+    options.add_argument(
         "--width", type=int, default=192, help="of the encoder; features are 1, 2, 4 and 5 times as wide"
     )
-    parser.add_argument("--classes", type=int, nargs="+", default=[12, 100, 1000])
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=3, help="of the heads in one round")
-    parser.add_argument("--encoder-images", type=int, default=64, help="that the encoder sees in one round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes instead of all of these")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args(arguments)
+    options.add_argument("--classes", type=int, nargs="+", default=[12, 100, 1000])
+    options.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
+    options.add_argument("--epochs", type=int, default=100)
+    options.add_argument("--steps", type=int, default=3, help="of the heads in one round")
+    options.add_argument("--encoder-images", type=int, default=64, help="that the encoder sees in one round")
+    options.add_argument("--threads", type=int, default=2)
+    options = options.parse_args(arguments)
     if options.quick:
         tiny = {"bank": 2_000, "queries": 300, "features": 64, "images": 512, "width": 64, "classes": [12]}
         vars(options).update(tiny, batches=[256], steps=1, encoder_images=4, rounds=3)
-    threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    try:
-        title = f"seconds, medians of {options.rounds} rounds, {options.threads} threads"
-        heading = [f"{name:>11}" for name in ("ours", "peer", "limit")] + [f"{name:>9}" for name in ("/peer", "/limit")]
-        print(f"{title:<42}{''.join(heading)}", flush=True)
-        lines = [measure_knn(options.bank, options.queries, options.features, 100, options.rounds)]
-        show(lines[0])
-        for num_classes in options.classes:
-            for batch in options.batches:
-                found = measure_grid(options, num_classes, batch)
-                for line in found:
-                    show(line)
-                lines += found
-    finally:
-        torch.set_num_threads(threads)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
+    report = Report(options)
+    report.add("k-NN", [measure_knn(options.bank, options.queries, options.features, 100, options.rounds)])
+    for num_classes in options.classes:
+        for batch in options.batches:
+            report.add(f"{num_classes} classes, batch {batch}", measure_grid(options, num_classes, batch))
 
 
 if __name__ == "__main__":
