@@ -10,23 +10,19 @@ files and from the rendered data set, which lies in memory; augmented by Pillow 
 plain data loader with as many workers, from the same files. For the cache it reads the files all the same, which is
 what the cache saves.
 
-Then real runs of ``harmonize train`` with a ViT-Ti: the share of the time that steps wait for data, and, where the
-device augments, the share that this takes. On a CPU that is part of the waiting, which is all that goes by between two
-steps; on a GPU, which works behind the program's back, it need not be. Both leave out the run's beginning, in which
-workers start and their queue fills.
+Then real runs of ``harmonize train`` with a ViT-Ti: the share of the time that goes by between two steps, waiting for
+the loader or augmenting on the device, and the part of it that is the latter. On a GPU, which works behind the
+program's back, the host's waiting is not the device's. The run's beginning, in which workers start, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -193,24 +189,6 @@ def throughput(source: str, objective: str, folder: Path, options: argparse.Name
 # ---- waiting in real runs --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def timed_augmentation(seconds: list[float]) -> Iterator[None]:
-    """Note how long each batch takes to augment on the device."""
-    augment = RawBatch.augment
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-
-    def timed(self: RawBatch) -> Any:
-        wait()
-        start = time.perf_counter()
-        batch = augment(self)
-        wait()
-        seconds.append(time.perf_counter() - start)
-        return batch
-
-    with mock.patch.object(RawBatch, "augment", timed):
-        yield
-
-
 def waiting(objective: str, size: int, mode: str, folder: Path, options: argparse.Namespace) -> list[Row]:
     """Rows of one real run."""
     windows, batch = options.windows + 1, options.train_batch
@@ -223,22 +201,19 @@ def waiting(objective: str, size: int, mode: str, folder: Path, options: argpars
         *(f"trainer.max_steps={WINDOW * windows}", f"trainer.log_every_n_steps={WINDOW}"),
         *(f"data.num_workers={options.workers}", f"run.dir={place}", *options.overrides),
     ]
-    seconds: list[float] = []
-    with quietly(), timed_augmentation(seconds):
+    with quietly():
         train(compose(overrides))
     logged = read_rows(place / "metrics.jsonl")
     # The first step is logged by itself; it and the rest of its window are the run's beginning.
     logged = [found for found in logged if "train/data_wait" in found and found["step"] > WINDOW]
-    speed = [found["train/images_per_second"] for found in logged]
-    more = {"images_per_second": round(statistics.median(speed))}
+    more = {"images_per_second": round(statistics.median(found["train/images_per_second"] for found in logged))}
     name = f"{objective}, ViT-Ti/{size // 8}, {size} px, {mode}"
-    waits = [found["train/data_wait"] for found in logged]
-    rows = [row(f"waiting, {name}", waits, goal=WAIT_GOAL, of="ours", unit="share of time", **more)]
-    if seconds:
-        spent = [sum(seconds[found["step"] - WINDOW : found["step"]]) for found in logged]
-        shares = [t * images / (WINDOW * batch) for t, images in zip(spent, speed, strict=True)]
-        rows.append(row(f"augmenting, {name}", shares, unit="share of time", **more))
-    return rows
+    waits, augmenting = ([found[f"train/{key}"] for found in logged] for key in ("data_wait", "augmentation"))
+    both = [a + b for a, b in zip(waits, augmenting, strict=True)]
+    return [
+        row(f"waiting or augmenting, {name}", both, goal=WAIT_GOAL, of="ours", unit="share of time", **more),
+        row(f"of which augmenting on the device, {name}", augmenting, unit="share of time"),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

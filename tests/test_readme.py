@@ -28,7 +28,9 @@ from harmonize.config import check_config, compose
 from harmonize.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(p for g in ("*.md", "docs/*.md", "docker/*.md", "experiments/*/*.md") for p in ROOT.glob(g))
+PAGES = sorted(
+    p for g in ("*.md", "docs/*.md", "docker/*.md", "benchmarks/*.md", "experiments/*/*.md") for p in ROOT.glob(g)
+)
 # Commands stand in bash blocks, so that none hides in a block that is not read.
 LANGUAGES = {"bash", "text", "yaml", "json", "python", "bibtex"}
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.M | re.S)

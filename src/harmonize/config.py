@@ -40,7 +40,7 @@ _PACKAGE = Path(__file__).resolve().parent
 CONF = next((d for d in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if d.is_dir()), _PACKAGE / "conf")
 
 # Keys that change where and how a run is shown, never its result: they do not take part in the name of its folder.
-NEUTRAL = ("run", "logger", "hydra", "data.num_workers", "trainer.progress", "diagnostics")
+NEUTRAL = ("run", "logger", "hydra", "data.num_workers", "data.augment", "trainer.progress", "diagnostics")
 
 
 # ---- composing -----------------------------------------------------------------------------------------------------

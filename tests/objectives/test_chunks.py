@@ -1,5 +1,6 @@
 """Encoding some images at a time (GradCache) and recomputing blocks: the gradients of the whole batch, less memory."""
 
+import math
 from functools import partial
 
 import pytest
@@ -114,6 +115,14 @@ def test_activations_are_not_kept(name):
     everything = saved_by_forward(name, None)
     assert saved_by_forward(name, 4) < 0.2 * everything
     assert saved_by_forward(name, None, recompute=True) < 0.4 * everything
+
+
+def test_a_batch_of_4096_in_the_memory_of_64():
+    whole = step(make("contrastive"), 4096, depth=1)
+    parts = step(make("contrastive", 64), 4096, depth=1)
+    assert whole["loss"] > 4 * 0.2 * math.log(2048), "there are fewer negatives than images"
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-5, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_negatives_are_those_of_the_whole_batch():

@@ -43,7 +43,13 @@ TINY = [
     "diagnostics=none",
     "logger=csv",
 ]
-SPEED = {"train/images_per_second", "train/data_wait", "diagnostics/seconds", "diagnostics/share_of_epoch"}
+SPEED = {
+    "train/images_per_second",
+    "train/data_wait",
+    "train/augmentation",
+    "diagnostics/seconds",
+    "diagnostics/share_of_epoch",
+}
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +150,29 @@ def test_what_a_run_leaves_behind(measured, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in ("mim loss", "contrastive loss", "k-NN top-1", "linear probe top-1", "untrained", str(folder)):
         assert words in shown
+
+
+def test_where_images_are_augmented_changes_no_bit(overrides, tmp_path, capsys):
+    short = [*overrides, "trainer.max_epochs=1"]
+    run(*short, "data.augment=workers")
+    assert "Computing on the CPU" in (shown := capsys.readouterr().out)
+    assert "augmenting images in no worker processes" in shown
+    run(*short, "data.augment=device", f"run.dir={tmp_path / 'device'}")
+    assert "augmenting whole batches there" in capsys.readouterr().out
+    assert rows(tmp_path / "run") == rows(tmp_path / "device")
+    states = [load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("run", "device")]
+    assert_bit_equal(*states)
+
+
+def test_less_memory_gives_the_same_network(overrides, tmp_path):
+    short = [*overrides, "trainer.max_epochs=1", "backbone.drop_path=0", "loss.share_views=true"]
+    run(*short)
+    less = ("trainer.images_at_once=3", "trainer.activation_checkpointing=true")
+    run(*short, *less, f"run.dir={tmp_path / 'less'}")
+    (whole, parts) = (load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("run", "less"))
+    assert not all(torch.equal(parts[key], value) for key, value in whole.items()), "the options were not passed on"
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_finished_run_says_so_at_once(overrides, tmp_path, capsys):

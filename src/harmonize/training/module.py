@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from harmonize.data.batches import RawBatch
 from harmonize.functional.schedules import learning_rate
 from harmonize.functional.seeding import mix_int
 from harmonize.training.optim import Optimization, build_optimizer
@@ -36,6 +38,7 @@ class PretrainModule(pl.LightningModule):
 
     Attributes:
         output: What the objective returned for the micro-batch at hand; None outside of a step.
+        batch_came: When the loader handed out the batch at hand, see ``time.perf_counter``.
         extra: Further scalars about the optimiser step at hand, which callbacks may add; logged under ``train/``.
     """
 
@@ -70,6 +73,7 @@ class PretrainModule(pl.LightningModule):
         self.lr = 0.0
         self.output: ObjectiveOutput | None = None
         self.extra: dict[str, Tensor | float] = {}
+        self.batch_came = 0.0
 
     @property
     def progress(self) -> Progress:
@@ -95,10 +99,14 @@ class PretrainModule(pl.LightningModule):
         if self.trainer.global_step + self.steps_per_epoch >= self.total_steps:
             self.trainer.check_val_every_n_epoch = 1
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note when the loader handed out the batch."""
+        self.batch_came = time.perf_counter()
+        return batch
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment what the loader left to the device."""
-        augment = getattr(batch, "augment", None)
-        return batch if augment is None else augment()
+        return batch.augment() if isinstance(batch, RawBatch) else batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed this micro-batch; before the first one of a step set the learning rate and move the momentum network."""

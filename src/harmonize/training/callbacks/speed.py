@@ -12,23 +12,31 @@ from harmonize.training.module import PretrainModule
 
 
 class Speed(pl.Callback):
-    """Logs ``train/images_per_second``, ``train/data_wait`` (share of the time) and ``train/gpu_memory_gib``.
+    """Logs ``train/images_per_second``, ``train/data_wait``, ``train/augmentation`` and ``train/gpu_memory_gib``.
 
-    Images are those of all ranks. Each value covers the training steps since the last logged one, without validation.
+    ``data_wait`` is the share of the time until the loader hands out a batch; ``augmentation`` that in which it is
+    moved and, with ``data.augment=device``, augmented. On a GPU the host only queues this work, and may wait there for
+    its turn: a large share then says that the host runs ahead, as it should. Images are those of all ranks. Each value
+    covers the training steps since the last logged one, without validation.
     """
 
     def __init__(self) -> None:
-        self._steps, self._busy, self._wait = 0, 0.0, 0.0
+        self._start_over()
         self._mark = time.perf_counter()
+
+    def _start_over(self) -> None:
+        self._steps, self._busy, self._wait, self._augmentation = 0, 0.0, 0.0, 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Restart the clock after validation."""
         self._mark = time.perf_counter()
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """The batch is here: what went by was waiting for it."""
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """The batch is here: what went by was waiting for it, then making it ready."""
+        assert isinstance(module, PretrainModule)
         now = time.perf_counter()
-        self._wait += now - self._mark
+        self._wait += module.batch_came - self._mark
+        self._augmentation += now - module.batch_came
         self._mark = now
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
@@ -41,9 +49,10 @@ class Speed(pl.Callback):
             return
         self._steps += 1
         if module.is_logged(trainer.global_step):
-            total = self._busy + self._wait
+            total = self._busy + self._wait + self._augmentation
             module.extra["images_per_second"] = self._steps * module.global_batch / total
             module.extra["data_wait"] = self._wait / total
+            module.extra["augmentation"] = self._augmentation / total
             if module.device.type == "cuda":
                 module.extra["gpu_memory_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
-            self._steps, self._busy, self._wait = 0, 0.0, 0.0
+            self._start_over()
