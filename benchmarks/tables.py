@@ -1,6 +1,6 @@
 """The tables of benchmarks/README.md, from the JSON files of the benchmarks.
 
-    python -m benchmarks.tables benchmarks/results/*.json
+python -m benchmarks.tables benchmarks/results/*.json
 """
 
 from __future__ import annotations
