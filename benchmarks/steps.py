@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonize.config import compose, instantiate, to_plain
+from harmonize.training.memory import keep_freed_memory
 from harmonize.training.module import PretrainModule
 from harmonize.types import Batch, Progress
 
@@ -129,6 +130,8 @@ def our_step(loss: Sequence[str], size: Size, device: str, compiled: bool = Fals
         if part is not None and "hidden_dim" in part:
             part.hidden_dim = size.head
     config = to_plain(cfg)
+    if device == "cpu":
+        keep_freed_memory()  # of the whole process: the peers have it as well
     torch.manual_seed(0)
     encoder = instantiate(cfg.backbone)
     objective = instantiate(cfg.loss, encoder=encoder)

@@ -42,6 +42,7 @@ from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.compilation import Compilation, should_compile
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
+from harmonize.training.memory import keep_freed_memory
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import trained_parameters
 from harmonize.types import ConfigError, EncoderSpec
@@ -100,6 +101,8 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
     world_size = trainer_config["devices"] * trainer_config["num_nodes"]
     resume = None if cfg.run.fresh else find_checkpoint(folder)
 
+    if not _on_gpu(cfg):
+        keep_freed_memory()
     torch.manual_seed(mix_int(cfg.seed))
     encoder = instantiate(cfg.backbone)
     if cfg.trainer.activation_checkpointing:
