@@ -242,10 +242,8 @@ class Report:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("note", overflow="fold")
         for r in rows:
-            goal = "" if r.goal is None else f"{r.goal_of} <= {r.goal:.3g}: {'met' if r.met else 'MISSED'}"
-            ratios = (_ratio(r.ratio_peer, r.spread_peer), _ratio(r.ratio_limit, r.spread_limit))
             note = "; ".join([r.note] * bool(r.note) + [f"{key} {_text(value)}" for key, value in r.more.items()])
-            table.add_row(r.name, _text(r.ours), _text(r.peer), _text(r.limit), r.unit, *ratios, goal, note)
+            table.add_row(r.name, _text(r.ours), _text(r.peer), _text(r.limit), r.unit, *verdict(r), note)
         self.console.print(table)
         self.rows += rows
         if self.path is not None:
@@ -256,6 +254,12 @@ class Report:
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def verdict(r: Row) -> tuple[str, str, str]:
+    """Ours over the peer and over the limit, each with its spread, and whether the goal is met."""
+    goal = "" if r.goal is None else f"{r.goal_of} <= {r.goal:.3g}: {'met' if r.met else 'MISSED'}"
+    return _ratio(r.ratio_peer, r.spread_peer), _ratio(r.ratio_limit, r.spread_limit), goal
 
 
 def _ratio(value: float | None, spread: Spread | None) -> str:

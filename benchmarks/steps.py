@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonize.config import compose, instantiate, to_plain
-from harmonize.training.memory import keep_freed_memory
+from harmonize.memory import keep_freed_memory
 from harmonize.training.module import PretrainModule
 from harmonize.types import Batch, Progress
 
@@ -116,14 +116,13 @@ def images(size: Size, num_views: int, device: str) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device) for _ in range(num_views)]
 
 
-def our_step(loss: Sequence[str], size: Size, device: str, compiled: bool = False) -> Step:
+def our_step(loss: Sequence[str], size: Size, device: str) -> Step:
     """A step of harmonize, built from its configuration as ``harmonize train`` builds it.
 
     Args:
         loss: Overrides that choose the objective.
         size: Of network and batch.
         device: ``cpu`` or ``cuda``.
-        compiled: Whether the Transformer blocks go through ``torch.compile``.
     """
     cfg = compose([*loss, *size.overrides])
     for part in (cfg.loss, cfg.loss.get("contrastive")):
@@ -145,10 +144,6 @@ def our_step(loss: Sequence[str], size: Size, device: str, compiled: bool = Fals
         total_steps=1000,
         fused=True,
     ).train()
-    if compiled:
-        from harmonize.training.compilation import compile_blocks
-
-        compile_blocks(encoder, objective)
     progress = Progress(1, 1000)
     count = {"contrastive": 2, "mim": 1}
     needed = {view: count[view] for view in objective.required_views}

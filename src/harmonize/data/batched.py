@@ -201,6 +201,16 @@ def solarize(images: Tensor, threshold: float) -> Tensor:
     return (255 - 2 * images).mul_(inverted).add_(images)
 
 
+def normalise_(images: Tensor) -> Tensor:
+    """Take the channel mean and standard deviation of ImageNet out of fp32 images (..., 3, h, w), in place.
+
+    >>> normalise_(torch.full((3, 1, 1), 255.0)).flatten()
+    tensor([2.2489, 2.4286, 2.6400])
+    """
+    most, mean, std = _constant(_NORMALISATION, torch.float32, images.device).view(3, 3, 1, 1)
+    return images.div_(most).sub_(mean).div_(std)  # divides by 255, as the recipes' ToTensor did
+
+
 def _augment(pixels: Tensor, augmentation: Augmentation) -> Tensor:
     """``augment`` of images that are few enough."""
     images = crop_resize(pixels, augmentation.box, augmentation.image_size, augmentation.interpolation)
@@ -209,9 +219,7 @@ def _augment(pixels: Tensor, augmentation: Augmentation) -> Tensor:
     steps += _blur_steps(augmentation.sigma, images.device)
     steps.append((augmentation.solarize, partial(solarize, threshold=augmentation.threshold), ()))
     steps.append((augmentation.flip, partial(torch.flip, dims=(-1,)), ()))
-    images = _run(images, steps)
-    most, mean, std = _constant(_NORMALISATION, torch.float32, images.device).view(3, 3, 1, 1)
-    return images.div_(most).sub_(mean).div_(std)  # as in views.to_tensor
+    return normalise_(_run(images, steps))
 
 
 def _run(images: Tensor, steps: list[Step]) -> Tensor:

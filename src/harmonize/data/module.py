@@ -1,7 +1,7 @@
 """From data set and recipes to loaders of ``Batch``, or of ``RawBatch``, which becomes one on the device.
 
 A batch is a function of (seed, epoch, indices) alone: the number of workers, the ranks, the order of work and the other
-views that are built change no bit of it. Where it is augmented changes pixels by one grey level at most.
+views that are built change no bit of it, nor does it matter where it is augmented.
 """
 
 from __future__ import annotations

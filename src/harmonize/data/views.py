@@ -1,8 +1,8 @@
 """The augmentations of the official pre-training recipes, and the clean view of evaluation.
 
 A recipe draws the parameters of its views, for a batch at a time, as a function of one seed per image; they are applied
-by Pillow (:func:`augment_image`) or as tensor operations on the device (``batched.py``), with the same result to one
-grey level. Views are normalised fp32 tensors (3, image_size, image_size).
+by Pillow (:func:`augment_image`) or as tensor operations on the device (``batched.py``), with the same result, bit for
+bit. Views are normalised fp32 tensors (3, image_size, image_size).
 
 Sources: MoCo v3 ``moco/loader.py`` and ``main_moco.py``; SimMIM ``data/data_simmim.py``; MAE ``main_pretrain.py``.
 """
@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from harmonize.data.augmentation import Augmentation, RandomView
+from harmonize.data.batched import normalise_
 from harmonize.functional.seeding import mix
-from harmonize.types import IMAGE_MEAN, IMAGE_STD, ConfigError
+from harmonize.types import ConfigError
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -34,12 +35,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def normalise(pixels: Tensor) -> Tensor:
     """The same for uint8 pixels (..., 3, h, w)."""
-    # Divides by 255 as the recipes' ToTensor did; v2.ToDtype multiplies by 1/255, which rounds differently.
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(_MEAN).div_(_STD)
-
-
-_MEAN = torch.tensor(IMAGE_MEAN)[:, None, None]
-_STD = torch.tensor(IMAGE_STD)[:, None, None]
+    return normalise_(pixels.to(torch.float32, memory_format=torch.contiguous_format))
 
 
 def crop_image(image: Image.Image, augmentation: Augmentation, row: int = 0) -> Image.Image:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmonize.diagnostics.base import AttentionMaps, Diagnostic, Images
+from harmonize.memory import give_back_freed_memory
 from harmonize.types import AttentionView, Batch, ConfigError, EncoderSpec, Findings, TokensView
 
 CHUNK = 1 << 20
@@ -84,20 +83,10 @@ def _run(encoder: nn.Module, batches: Iterable[Batch], feed: _Feed, device: torc
         assert batch.image is not None
         feed.run(encoder, batch.image.float(), batch.label, batch.index)
         seen = True
-        _give_back()
+        give_back_freed_memory()  # holes that large temporaries leave between the small rows that stay: 50 MB a batch
     if not seen:  # more ranks than batches: this one has nothing to add but must take part
         empty = torch.empty(0, dtype=torch.int64, device=device)
         feed.run(encoder, torch.empty(0, 3, *feed.spec.image_size, device=device), empty, empty)
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system, where glibc allocates.
-
-    It would keep the holes that large temporaries leave between the small rows that stay: 50 MB more with every batch.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def second_view(images: Tensor) -> Tensor:

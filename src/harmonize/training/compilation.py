@@ -74,21 +74,18 @@ class Compilation(pl.Callback):
 
     def __init__(self) -> None:
         self._compiled = False
-        self._eager: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compile."""
-        if not self._compiled:
-            compile_blocks(module)
-            self._compiled = True
+        compile_blocks(module)
+        self._compiled = True
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Suspend compiled code."""
         if self._compiled:
-            self._eager = torch.compiler.set_stance("force_eager")
+            torch.compiler.set_stance("force_eager")
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Go back to it."""
-        if self._eager is not None:
+        if self._compiled:
             torch.compiler.set_stance("default")
-            self._eager = None

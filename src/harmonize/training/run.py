@@ -33,6 +33,7 @@ from harmonize.data.module import DataModule
 from harmonize.files import write_json
 from harmonize.functional.seeding import mix_int
 from harmonize.functional.weight_decay import is_excluded
+from harmonize.memory import keep_freed_memory
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from harmonize.training.callbacks.diagnostics import Diagnostics
 from harmonize.training.callbacks.gradient_norms import GradientNorms
@@ -42,7 +43,6 @@ from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.compilation import Compilation, should_compile
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
-from harmonize.training.memory import keep_freed_memory
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import trained_parameters
 from harmonize.types import ConfigError, EncoderSpec
@@ -162,7 +162,7 @@ def _train(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
             if resume is not None:
                 console.print(f"Resuming at step {step} of {total_steps} from {resume.path.name}.")
             console.print(_how(cfg, precision, compiled, data))
-            _fit(cfg, folder, module, data, resume, record, wandb, console, compiled)
+            _fit(cfg, folder, module, data, resume, record, wandb, console, precision, compiled)
         metrics = {**record.latest, "total_steps": total_steps}
         record.complete(metrics)
         failed = False
@@ -182,6 +182,7 @@ def _fit(
     record: JsonLogger,
     wandb: Wandb | None,
     console: Console,
+    precision: str,
     compiled: bool,
 ) -> None:
     """Run lightning's loop over what is left of the run."""
@@ -241,7 +242,7 @@ def _fit(
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
         strategy=_strategy(cfg, module.objective),
-        precision=PRECISION[_precision(cfg)],
+        precision=PRECISION[precision],
         accumulate_grad_batches=cfg.trainer.accumulate,
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
         check_val_every_n_epoch=cfg.trainer.val_every_n_epochs,
