@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from harmonize.functional.positions import sincos_2d
 from harmonize.types import EncoderSpec
@@ -28,6 +31,16 @@ class LinearDecoder(nn.Module):
         """Tokens (B, P + N, D) -> patches (B, N, p * p * 3) in the order of ``patchify``."""
         pixels = self.projection(tokens[:, self.spec.num_prefix_tokens :])
         return rearrange(pixels, "b n (c i j) -> b n (i j c)", c=3, i=self.spec.patch_size)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """torch's attention of a sequence to itself, without the copies that torch makes of queries, keys and values."""
+
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Tokens (B, N, D) -> tokens (B, N, D), and no weights; keys and values are of the same tokens, none masked."""
+        qkv = linear(query, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        return self.out_proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")), None
 
 
 class ViTDecoder(nn.Module):
@@ -64,6 +77,8 @@ class ViTDecoder(nn.Module):
             )
             for _ in range(depth)
         )
+        for block in self.blocks:
+            block.self_attn = SelfAttention(width, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.projection = nn.Linear(width, 3 * spec.patch_size**2)
         for module in self.modules():
