@@ -30,6 +30,9 @@ MAY_IMPORT = {
     "evaluation": {"types", "files", "functional", "data", "safetensors"} | TENSORS,
     "checkpoints": {"types", "files", "functional", "backbones", "safetensors", "onnx", "onnxruntime"} | TENSORS,
     "reports": {"types", "files", "torch", "matplotlib", "plotly"},
+    "sharding": {"types", "files", "functional", "data", "torch", "numpy", "rich"},
+    "checks": ANYTHING,
+    "doctor": ANYTHING,
     "training": ANYTHING,
     "analysis": ANYTHING,
     "networks": ANYTHING,
@@ -48,6 +51,7 @@ ONLY_IN = {
     "omegaconf": [
         "config.py",
         "cli.py",
+        "checks/",
         "training/run.py",
         "analysis.py",
         "networks.py",

@@ -1,4 +1,4 @@
-"""The command line: ``harmonize train | evaluate | analyze | inspect | export``.
+"""The command line: ``harmonize train | evaluate | analyze | inspect | export | plan | sweep | doctor | ...``.
 
 Hydra runs the jobs (it brings sweeps and launchers), but only after they have been composed and checked here (of a
 large sweep: jobs in which every value occurs), so that a mistake costs seconds, gets one sentence, and leaves nothing
@@ -8,6 +8,7 @@ behind.
 from __future__ import annotations
 
 import difflib
+import importlib
 import itertools
 import os
 import re
@@ -19,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from harmonize import __version__
-from harmonize.types import ConfigError, NonFiniteLossError
+from harmonize.types import ConfigError, FaultError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,6 +39,13 @@ commands
   analyze    look inside one checkpoint, or compare several
   inspect    say what a checkpoint file holds, key by key
   export     write a checkpoint for timm, Hugging Face, ONNX or as safetensors
+
+  plan       what a run would do: steps, batch, learning rate, memory, time, batch script; runs nothing
+  sweep      how the jobs of a sweep stand; starts those again that failed
+  doctor     what is wrong with this machine, cluster or data set, and what to do
+  sync       upload finished or offline runs to Weights & Biases
+  shards     write a folder of images as WebDataset shards
+  replay     show where a loss stopped being finite
 
 examples
   harmonize train loss=hybrid loss.lambda=0.2       the hybrid on drawn shapes, which need no download
@@ -248,9 +256,19 @@ COMMANDS = {
     )
 }
 
+# Commands with options of their own, whose module's ``main`` takes what follows and returns the exit code.
+TOOLS = {
+    "plan": "harmonize.plan",
+    "sweep": "harmonize.sweeps",
+    "doctor": "harmonize.doctor",
+    "sync": "harmonize.syncing",
+    "shards": "harmonize.sharding",
+    "replay": "harmonize.replay",
+}
+
 # Above this number not every job of a sweep is composed beforehand, but jobs in which every value occurs.
 MAX_CHECKED = 24
-LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
+LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return run(arguments)
-    except (ConfigError, NonFiniteLossError) as error:  # of a sweep; a single run has reported its own
+    except (ConfigError, FaultError) as error:  # of a sweep; a single run has reported its own
         report(error)
         return 2 if isinstance(error, ConfigError) else 1
     except SystemExit as stop:
@@ -295,8 +313,10 @@ def run(arguments: list[str]) -> int:
     if name in ("-sc", "--shell-completion"):  # what a shell types behind the user's back, whatever the command is
         typed = os.environ.get("COMP_LINE", "").split()[1:2]
         return start(COMMANDS[typed[0] if typed and typed[0] in COMMANDS else "train"], arguments)
+    if name in TOOLS:
+        return int(importlib.import_module(TOOLS[name]).main(rest))
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, [*COMMANDS], 1)
+        near = difflib.get_close_matches(name, [*COMMANDS, *TOOLS], 1)
         hint = f"harmonize {near[0]}" if near else f"harmonize train {name}" if "=" in name else "harmonize --help"
         raise ConfigError(f"Unknown command {name}; did you mean: {hint}")
     command = COMMANDS[name]
@@ -337,7 +357,10 @@ def start(command: Command, arguments: list[str]) -> int:
             print(command.help.format(groups=_groups(hydra.runtime.choices, command.name)) + OPTIONS_HELP, end="")
             return 0
         if not (options.hydra_help or options.cfg or options.info):
-            _check(jobs, str(hydra.launcher.get("_target_", "")), multirun, command.name)
+            launcher = str(hydra.launcher.get("_target_", ""))
+            _check(jobs, launcher, multirun, command.name)
+            if multirun and "_launchers." in launcher and not _sets(options.overrides, "hydra.sweep.dir"):
+                options.overrides.append(f"hydra.sweep.dir='{_sweep_folder(jobs)}'")
     # Hydra prints errors in its own, shortened way and exits with 1; with this it raises them.
     with _environment(HYDRA_FULL_ERROR="1"):
         _run_hydra(
@@ -362,7 +385,7 @@ def job(cfg: DictConfig) -> None:
             print(f"harmonize: job {hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
             config.check_config(cfg, command=command.name)  # a launcher may have brought it to another machine
         command.work(cfg)
-    except (ConfigError, NonFiniteLossError) as error:
+    except (ConfigError, FaultError) as error:
         if is_sweep:
             raise  # Hydra says which job, and lets the others run
         report(error)
@@ -431,6 +454,20 @@ def _jobs(options: Namespace, command: str) -> tuple[list[DictConfig], DictConfi
         return jobs, hydra, True
 
 
+def _sets(overrides: Sequence[str], key: str) -> bool:
+    return any(o.lstrip("+").startswith(f"{key}=") for o in overrides)
+
+
+def _sweep_folder(jobs: Sequence[DictConfig]) -> str:
+    """Where the sweep's own files go, a function of its run folders: the same command finds its sweep again."""
+    from harmonize import config
+    from harmonize.files import digest
+
+    folders = sorted(str(config.run_dir(cfg)) for cfg in jobs)
+    folder = os.path.join(os.path.expanduser(jobs[0].run.root), "sweeps", digest(folders, 8))
+    return folder.replace("\\", "\\\\").replace("'", "\\'")
+
+
 def _depends(override: Override, swept: set[str]) -> bool:
     """Whether a fixed value can only be set once a swept file is chosen: ``loss.mask_ratio=0.5 loss=mim,mae``."""
     section = override.key_or_group.partition(".")[0]
@@ -481,10 +518,11 @@ def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool, command: s
         raise ConfigError("\n".join(problems))
     if not multirun:
         return
-    if local and any("trainer" in cfg and cfg.trainer.devices > 1 for cfg in jobs):
+    own_process = launcher.startswith("hydra_plugins.harmonize_launchers.")
+    if local and not own_process and any("trainer" in cfg and cfg.trainer.devices > 1 for cfg in jobs):
         raise ConfigError(
-            "trainer.devices above 1 cannot be combined with -m on this machine, because jobs would restart the sweep: "
-            "run the jobs one by one, or choose a launcher that starts one process per device."
+            "trainer.devices above 1 cannot be combined with -m and this launcher, because jobs would restart the "
+            "sweep: use hydra/launcher=local or hydra/launcher=slurm, which start a process for every job."
         )
     folders = [config.run_dir(cfg) for cfg in jobs]
     if len(set(folders)) < len(folders):

@@ -40,7 +40,17 @@ _PACKAGE = Path(__file__).resolve().parent
 CONF = next((d for d in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if d.is_dir()), _PACKAGE / "conf")
 
 # Keys that change where and how a run is shown, never its result: they do not take part in the name of its folder.
-NEUTRAL = ("run", "logger", "hydra", "data.num_workers", "data.augment", "trainer.progress", "diagnostics")
+NEUTRAL = (
+    "run",
+    "logger",
+    "hydra",
+    "data.num_workers",
+    "data.augment",
+    "trainer.progress",
+    "trainer.save_every_minutes",
+    "trainer.max_skipped_steps",
+    "diagnostics",
+)
 
 
 # ---- composing -----------------------------------------------------------------------------------------------------
@@ -58,6 +68,13 @@ def compose(overrides: Sequence[str] = (), command: str = "train") -> DictConfig
     """
     with composer(command) as conf:
         return finish(conf.load(overrides))
+
+
+def launcher_of(overrides: Sequence[str], command: str = "train") -> dict[str, Any]:
+    """The options of the launcher that a sweep with these overrides would be started with."""
+    with composer(command) as conf:
+        found = conf.load(overrides)
+        return OmegaConf.to_container(found.hydra.launcher, resolve=False)  # type: ignore[return-value]
 
 
 @contextmanager

@@ -359,8 +359,16 @@ class ConfigError(ValueError):
     """A mistake in the configuration: the message is one sentence naming the key, the value and what is allowed."""
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the terms."""
+class FaultError(RuntimeError):
+    """What ends a run although nobody made a mistake; the message says what to do, and one sentence is all of it."""
+
+
+class NonFiniteLossError(FaultError):
+    """The loss or its gradient became NaN or infinite; the message names the step and the terms."""
+
+
+class WorkerError(FaultError):
+    """A process that this one needs was killed."""
 
 
 @runtime_checkable

@@ -138,7 +138,7 @@ class PixelCache(ABC):
         most = 1 if multiprocessing.current_process().daemon else min(8, os.cpu_count() or 1)
         num_processes = min(most, self.count // self._per_process)
         with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(_temporary(path))
+            temporary = stack.enter_context(temporary_beside(path))
             if num_processes > 1:
                 pool = stack.enter_context(multiprocessing.Pool(num_processes))
                 made: Iterator[np.ndarray | str] = pool.imap(make, items, chunksize=max(1, self._per_process // 4))
@@ -218,7 +218,7 @@ class DecodedCache(PixelCache):
         height, width = sizes.T
         size = 3 * height.astype(np.int64) * width
         bad, why = np.array(list(reasons), np.int64), np.array(list(reasons.values()), np.str_)
-        with _temporary(path.with_suffix(".npz")) as temporary:
+        with temporary_beside(path.with_suffix(".npz")) as temporary:
             with open(temporary, "wb") as file:
                 np.savez(file, start=np.cumsum(size) - size, height=height, width=width, bad=bad, reasons=why)
             os.replace(temporary, path.with_suffix(".npz"))
@@ -272,7 +272,7 @@ _NUM_PROOFS = 8
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """Name of a new file beside ``path``, removed at the end unless it was renamed."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -42,6 +42,10 @@ class Split(Protocol):
 
     A split whose images need work before the first use (a cache) may also have ``prepare()``: the data module calls it
     in the main process before the workers start.
+
+    One whose images are not all equally near may have ``epoch_order(generator)``, which returns all positions, (n,)
+    int64, in the order of an epoch, a function of the generator alone; and ``spread(num_images)``, which returns the
+    positions to look at where only so many are wanted (None: all), in place of evenly spaced ones.
     """
 
     def __len__(self) -> int: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -90,11 +91,13 @@ def subfolders(root: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, shorter_side: int | None = None) -> Image.Image:
+def read_image(
+    path: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, shorter_side: int | None = None
+) -> Image.Image:
     """Read an image file as RGB; what is transparent becomes white.
 
     Args:
-        path: The file.
+        path: The file, or one that is open.
         max_pixels: Images with more pixels than this are refused before they are decoded.
         shorter_side: Reduce the shorter side to this many px (aspect ratio kept, the longer side at most 3 times
             this); smaller images stay as they are. None: keep the size.
@@ -121,10 +124,12 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, shorter_side: int
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
         reason = str(error).splitlines()[0] if str(error) else ""
+        if not isinstance(path, (str, Path)):
+            reason = reason.replace(repr(path), "it")  # an address in memory says nothing
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | Path | BinaryIO) -> Image.Image:
     """``Image.open`` without PIL's own limit on the number of pixels: ours is checked instead."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:

@@ -152,6 +152,7 @@ class DataModule:
             epoch,
             start,
             self._positions,
+            getattr(source.split, "epoch_order", None),
         )
         if self.augments_on_device and source.array is not None:
             arrays = TrainingArrays(source.array, self._drawn, self.seed)
@@ -166,7 +167,8 @@ class DataModule:
             split: ``train`` or ``val``.
             num_images: How many; None, or more than there are: all.
         """
-        return evenly(len(self._probe_source(split).split), num_images)
+        images = self._probe_source(split).split
+        return images.spread(num_images) if hasattr(images, "spread") else evenly(len(images), num_images)
 
     def names(self, split: SplitName, positions: Iterable[int]) -> list[str]:
         """What warnings call these images of ``train`` or ``val``: paths, or descriptions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,32 @@ def evenly(total: int, num: int | None) -> list[int]:
     """
     num = total if num is None else min(num, total)
     return [total * i // num for i in range(num)]
+
+
+def grouped_order(group: Tensor, at_once: int, generator: torch.Generator) -> Tensor:
+    """A random order in which images of few groups stand together.
+
+    The groups are shuffled and taken ``at_once`` (or, to share them out evenly, somewhat fewer) at a time; the images
+    of those taken are shuffled among each other. Of ``at_once`` groups or fewer this is a random permutation.
+
+    Args:
+        group: (n,) int64, the group of each image: any numbers from 0 on.
+        at_once: Groups that are taken at a time.
+        generator: The only source of chance.
+
+    Returns:
+        (n,) int64, every position once.
+
+    >>> group = torch.tensor([0, 0, 1, 1, 2, 2])
+    >>> group[grouped_order(group, 1, torch.Generator().manual_seed(0))].tolist()
+    [2, 2, 0, 0, 1, 1]
+    """
+    _, group = group.unique(return_inverse=True)  # some may have no image
+    num = int(group.max()) + 1 if len(group) else 0
+    num_turns = -(-num // at_once)
+    turn = torch.randperm(num, generator=generator) * num_turns // max(num, 1)
+    order = torch.randperm(len(group), generator=generator)
+    return order[turn[group[order]].argsort(stable=True)]
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -38,6 +64,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch: The epoch to begin with.
         start: Micro-batches of that first epoch to leave out (a run that resumes in mid-epoch has done them).
         positions: (num_samples,) int64, where the samples are in their split; None: all of it, from 0 on.
+        order: Generator -> all positions of the split in the order of an epoch; None: any order is as good as another.
     """
 
     def __init__(
@@ -51,11 +78,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch: int = 0,
         start: int = 0,
         positions: Tensor | None = None,
+        order: Callable[[torch.Generator], Tensor] | None = None,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.epoch = epoch
-        self.positions = positions
+        self.positions, self.order = positions, order
         self._resume = (epoch, start)
 
     @property
@@ -74,9 +102,14 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(mix_int(self.seed, epoch))
-        order = torch.randperm(self.num_samples, generator=generator)
-        if self.positions is not None:
-            order = self.positions[order]
+        if self.order is None:
+            order = torch.randperm(self.num_samples, generator=generator)
+            if self.positions is not None:
+                order = self.positions[order]
+        else:
+            order = self.order(generator)
+            if self.positions is not None:
+                order = order[torch.isin(order, self.positions)]
         per_rank = self.batch_size * self.accumulate
         for batch in range(self._resume[1] if epoch == self._resume[0] else 0, len(self)):
             step, micro = divmod(batch, self.accumulate)

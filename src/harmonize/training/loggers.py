@@ -35,25 +35,29 @@ class JsonLogger(Logger):
     Args:
         folder: The run folder.
         resume_step: Optimiser step of the checkpoint that the run resumes from; 0: all rows are dropped.
+        resume_rows: Rows that had been written when it was saved; None: not known, all up to its step are kept.
 
     Attributes:
+        num_rows: Rows in the file.
         latest: The latest value of every metric, and ``step``.
         now: What has been logged at the latest step.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int = 0, resume_rows: int | None = None) -> None:
         super().__init__()
         self.folder = folder
+        self.num_rows = 0
         self.latest: dict[str, Any] = {}
         self.now: dict[str, Any] = {}
         self.rows = folder / "metrics.jsonl"
         self._failed = self._torn = False
-        self._rewind(resume_step)
+        self._rewind(resume_step, resume_rows)
 
     @rank_zero_only
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, num_rows: int | None) -> None:
         (self.folder / "metrics.json").unlink(missing_ok=True)
-        kept = [row for row in read_rows(self.rows) if 0 < step >= row["step"]]
+        kept = [row for row in read_rows(self.rows)[:num_rows] if 0 < step >= row["step"]]
+        self.num_rows = len(kept)
         temporary = self.rows.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.rows)
@@ -82,6 +86,7 @@ class JsonLogger(Logger):
             with self.rows.open("a") as file:
                 file.write("\n" * self._torn + json.dumps(row) + "\n")
             self._torn = False
+            self.num_rows += 1
         except OSError as error:
             self._torn = True  # part of the row may be there
             self._warn_once(error)

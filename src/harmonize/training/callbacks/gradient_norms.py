@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -49,8 +50,16 @@ class GradientNorms(pl.Callback):
         self._layers: list[int] = []  # those that are trained at all
         self._rows: list[Tensor] = []  # (2, layers): cosine and ratio, of one step each
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured in this epoch, for a run that is interrupted within it."""
+        return {"layers": self._layers, "rows": list(self._rows)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the epoch's mean."""
+        self._layers, self._rows = list(state_dict["layers"]), list(state_dict["rows"])
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin a new mean; a run resumes at the start of an epoch, with the mean that it would have had."""
+        """Begin a new mean."""
         self._rows.clear()
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:

@@ -1,0 +1,134 @@
+"""From a configuration to the parts of a run: encoder, objective, data, module; what ``auto`` means on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import nn
+
+from harmonize.config import instantiate, to_plain
+from harmonize.data.module import DataModule
+from harmonize.functional.seeding import mix_int
+from harmonize.training.compilation import should_compile
+from harmonize.training.module import PretrainModule
+from harmonize.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run, ready to train.
+
+    Attributes:
+        module: Encoder, objective and optimiser; also the length of an epoch and of the run, in optimiser steps.
+        data: Its images.
+        precision: ``32``, ``bf16`` or ``fp16``.
+        compiled: Whether the Transformer blocks go through torch.compile.
+        on_gpu: Whether it computes on a GPU.
+        has_probe: Whether frozen features are probed; that takes labels.
+    """
+
+    module: PretrainModule
+    data: DataModule
+    precision: str
+    compiled: bool
+    on_gpu: bool
+    has_probe: bool
+
+
+def build(cfg: DictConfig) -> Setup:
+    """Build what a configuration describes; nothing is written, no image is read.
+
+    Raises:
+        ConfigError: It contradicts itself, the data or the machine.
+    """
+    on_gpu = computes_on_gpu(cfg)
+    precision = choose_precision(cfg)  # refused before anything is built
+    compiled = should_compile(cfg.trainer.compile, on_gpu)
+    config = to_plain(cfg)
+    torch.manual_seed(mix_int(cfg.seed))
+    encoder = instantiate(cfg.backbone)
+    if cfg.trainer.activation_checkpointing:
+        encoder.set_grad_checkpointing()
+    objective = instantiate(cfg.loss, encoder=encoder)
+    data = build_data(cfg, objective)
+    steps_per_epoch, total_steps = length(data.steps_per_epoch, config["trainer"])
+    module = PretrainModule(
+        encoder,
+        objective,
+        optimizer=config["optimizer"],
+        schedule=config["schedule"],
+        global_batch=cfg.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        seed=cfg.seed,
+        fused=precision != "fp16",
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        config=config,
+    )
+    has_probe = bool(cfg.callbacks.get("probe")) and data.classes is not None
+    return Setup(module, data, precision, compiled, on_gpu, has_probe)
+
+
+def build_data(cfg: DictConfig, objective: nn.Module) -> DataModule:
+    """The images of a run, with the views that its objective wants."""
+    return DataModule(
+        instantiate(cfg.data.dataset),
+        {name: instantiate(recipe) for name, recipe in cfg.views.items()},
+        objective.required_views,  # type: ignore[arg-type]
+        image_size=cfg.data.image_size,
+        batch_size=cfg.data.batch_size,
+        num_workers=cfg.data.num_workers,
+        seed=cfg.seed,
+        eval_crop=cfg.data.eval_crop,
+        accumulate=cfg.trainer.accumulate,
+        world_size=num_ranks(cfg),
+        rank=rank(),
+        augment=cfg.data.augment,
+        on_gpu=computes_on_gpu(cfg),
+    )
+
+
+def length(data_steps: int, trainer: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimiser steps of an epoch and of the whole run.
+
+    >>> length(100, {"limit_train_batches": None, "accumulate": 1, "max_epochs": 3, "max_steps": None})
+    (100, 300)
+    """
+    limit = trainer["limit_train_batches"]
+    steps = data_steps if limit is None else min(data_steps, -(-limit // trainer["accumulate"]))
+    return steps, trainer["max_steps"] or trainer["max_epochs"] * steps
+
+
+def num_ranks(cfg: DictConfig) -> int:
+    """Processes of a run, over all nodes."""
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def rank() -> int:
+    """This process's rank before there is a process group, from the launcher's environment."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def computes_on_gpu(cfg: DictConfig) -> bool:
+    """Whether a run of this configuration computes on a GPU here."""
+    return cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def choose_precision(cfg: DictConfig) -> str:
+    """``32``, ``bf16`` or ``fp16``; ``auto`` is the fastest safe one: bf16 where the hardware computes in it, else 32.
+
+    Raises:
+        ConfigError: fp16 on a CPU, where lightning would compute in bf16.
+    """
+    name, on_gpu = str(cfg.trainer.precision), computes_on_gpu(cfg)
+    if name == "fp16" and not on_gpu:
+        raise ConfigError("trainer.precision=fp16 needs a GPU; use bf16, 32 or auto.")
+    if name == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if bf16 else "32"
+    return name
