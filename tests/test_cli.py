@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def runs(monkeypatch) -> list:
         setattr(module, function, work)
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(name, module, raising=False)
+
+    def start(sweep, jobs) -> None:
+        """The jobs of a sweep in this process; tests/test_sweeps.py gives them their own."""
+        for job in jobs:
+            COMMANDS[sweep.command].work(config.compose(job.overrides, sweep.command))
+
+    monkeypatch.setattr("harmonize.sweeps.start", start)
     return reached
 
 
@@ -102,7 +110,10 @@ def runs(monkeypatch) -> list:
         (["-m", "seed=range(0,100)", "loss.lambda=0,3"], ["loss.lambda", "3"]),
         (["-m", "run.dir=x", "seed=1,2"], ["run folder x", "run.root"]),
         (["-m", "data.num_workers=0,1"], ["share the run folder"]),
-        (["-m", "trainer.devices=2", "trainer.accelerator=cpu", "seed=1,2"], ["trainer.devices", "-m"]),
+        (
+            ["-m", "trainer.devices=2", "trainer.accelerator=cpu", "seed=1,2", "hydra/launcher=basic"],
+            ["trainer.devices", "-m", "hydra/launcher=local"],
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )
@@ -347,10 +358,11 @@ def test_a_sweep_runs_every_combination_in_its_own_folder(runs, folder, capsys):
     assert main(["train", "-m", "loss.lambda=0,1", "seed=1,2", "run.root=sweep"]) == 0
     assert [(cfg.loss["lambda"], cfg.seed) for cfg in runs] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert len({config.run_dir(cfg) for cfg in runs}) == 4
-    assert "harmonize: job 3: " in capsys.readouterr().out
-    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] == [
-        "sweep/multirun/multirun.yaml"
-    ]
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    (name,) = os.listdir("sweep/sweeps")
+    assert files == [f"sweep/sweeps/{name}/multirun.yaml", f"sweep/sweeps/{name}/sweep.yaml"]
+    assert main(["train", "-m", "seed=1,2", "loss.lambda=0,1", "run.root=sweep"]) == 0
+    assert os.listdir("sweep/sweeps") == [name]  # the same jobs are the same sweep
 
 
 def test_a_sweep_over_losses_takes_a_key_that_only_they_have(runs):

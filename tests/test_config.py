@@ -217,7 +217,7 @@ def test_sections_that_may_be_null(conf, analysis):
 def test_every_rule_is_about_a_key_that_exists(conf, analysis):
     """A rule for a misspelt key would never fire."""
     spelt = set(config._keys(composed(analysis)))
-    for data in ("folder", "imagenet100", "stl10"):
+    for data in ("folder", "imagenet100", "shards", "stl10"):
         spelt |= set(config._keys(composed(conf, f"data={data}")))
     for loss in ("contrastive", "mim", "mae", "hybrid"):
         for logger in ("wandb", "csv"):

@@ -39,6 +39,11 @@ MAY_IMPORT = {
     "assessment": ANYTHING,
     "inspection": ANYTHING,
     "exporting": ANYTHING,
+    "plan": ANYTHING,
+    "replay": ANYTHING,
+    "sweeps": {"config", "files", "slurm", "types", "omegaconf", "rich", "torch"},
+    "slurm": {"config", "sweeps", "types", "omegaconf", "submitit"},
+    "syncing": {"config", "files", "training", "types", "rich", "wandb"},
     "config": ANYTHING,
     "cli": ANYTHING,
 }
@@ -58,7 +63,14 @@ ONLY_IN = {
         "assessment.py",
         "inspection.py",
         "exporting.py",
+        "plan.py",
+        "replay.py",
+        "sweeps.py",
+        "slurm.py",
+        "training/setup.py",
+        "training/run_folder.py",
     ],
+    "submitit": ["slurm.py"],
     "cli": ["__main__.py"],
 }
 

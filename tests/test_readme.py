@@ -23,7 +23,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from harmonize.cli import COMMANDS, _with_key, main
+from harmonize.cli import COMMANDS, TOOLS, _with_key, main
 from harmonize.config import check_config, compose
 from harmonize.types import ConfigError
 
@@ -106,6 +106,13 @@ def check_python(arguments: list[str], images: Path) -> None:
 def check_harmonize(arguments: list[str], images: Path) -> None:
     """Whether a checkpoint exists is for the machine that has it."""
     command, *rest = arguments
+    if command in TOOLS:
+        source = (ROOT / "src" / f"{TOOLS[command].replace('.', '/')}.py").read_text()
+        assert all(f'"{word}"' in source for word in rest if word.startswith("--")), arguments
+        settings = [word for word in rest if "=" in word and not word.startswith("--")]
+        for job in overrides_of(settings, images):
+            check_config(compose(job), machine=False)
+        return
     assert command in COMMANDS
     rest = [_with_key(word, COMMANDS[command]) for word in rest]
     for job in overrides_of(rest, images):

@@ -51,13 +51,13 @@ def make_batches(num=4, size=6):
 def fit(tmp_path):
     """fit(module, batches, callbacks, **trainer options) -> trainer; metrics go to tmp_path/metrics.jsonl."""
 
-    def run(module, batches, callbacks=(), val=None, folder=tmp_path, ckpt_path=None, **options):
+    def run(module, batches, callbacks=(), val=None, folder=tmp_path, ckpt_path=None, metrics=None, **options):
         settings = {
             "accelerator": "cpu",
             "max_epochs": -1,
             "num_sanity_val_steps": -1,
             "logger": [JsonLogger(folder)],
-            "callbacks": [StepMetrics(), *callbacks],
+            "callbacks": [metrics or StepMetrics(), *callbacks],
             "plugins": [AtomicCheckpointIO()],
             "default_root_dir": folder,
             "enable_progress_bar": False,

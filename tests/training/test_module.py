@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
 from harmonize.functional.schedules import learning_rate
+from harmonize.training.callbacks.metrics import StepMetrics
 from harmonize.training.loggers import read_rows
 from harmonize.types import Batch, NonFiniteLossError, ObjectiveOutput, Progress
 from tests.helpers import random_batch, tiny_encoder
@@ -44,10 +46,11 @@ class Recorder(nn.Module):
 
     required_views = {"mim": "simmim"}  # noqa: RUF012
 
-    def __init__(self, broken_at=None):
+    def __init__(self, broken_at=(), broken=math.nan):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
-        self.calls, self.draws, self.broken_at = [], [], broken_at
+        self.calls, self.draws, self.broken = [], [], broken
+        self.broken_at = (broken_at,) if isinstance(broken_at, int) else broken_at
 
     def before_step(self, encoder, progress):
         self.calls.append(("before", progress))
@@ -56,8 +59,8 @@ class Recorder(nn.Module):
         self.calls.append(("forward", progress))
         self.draws.append(torch.rand(1).item())
         value = self.scale * encoder(batch.views["mim"][0]).square().mean()
-        if progress.step == self.broken_at:
-            value = value * math.nan
+        if progress.step in self.broken_at:
+            value = value * self.broken
         return ObjectiveOutput(loss=value, terms={"mim": value})
 
 
@@ -151,10 +154,70 @@ def test_clipping_limits_the_global_norm(fit, tmp_path, clip):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(fit, tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"step 3 \(loss = nan, loss_mim = nan\)"):
+    with pytest.raises(NonFiniteLossError, match=r"is not finite at step 3 \(loss = nan, loss_mim = nan\)"):
         fit(make_module(Recorder(broken_at=2)), make_batches())
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_step_whose_loss_is_not_finite_is_skipped(fit, tmp_path, fused, broken):
+    """Weights, moments and their step count are those of the step before; the next step goes on from there."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            state = module.optimization.optimizer.state_dict()["state"].values()
+            moments = [{name: value.clone() for name, value in entry.items()} for entry in state]
+            seen.append((weights(module), moments))
+
+    objective = Recorder(broken_at=2, broken=broken)
+    module = make_module(objective, total_steps=8, fused=fused)
+    fit(module, make_batches(), [Watch()], metrics=StepMetrics(max_skipped=2))
+    assert len(seen) == 8
+    assert_bit_equal(seen[1][0], seen[2][0])
+    assert len(seen[1][1]) == len(seen[2][1]) > 0
+    for before, after in zip(seen[1][1], seen[2][1], strict=True):
+        assert_bit_equal(before, after)
+    changed = seen[3][0]
+    assert any(not changed[name].equal(value) for name, value in seen[2][0].items())
+    assert all(value.isfinite().all() for value in seen[-1][0].values())
+    rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row}
+    assert [rows[step]["train/skipped_steps"] for step in (1, 2, 3, 4, 8)] == [0, 0, 1, 1, 1]
+    assert rows[3]["train/loss"] is None
+    epochs = [row["epoch/loss"] for row in read_rows(tmp_path / "metrics.jsonl") if "epoch/loss" in row]
+    assert epochs[0] == pytest.approx(sum(rows[i]["train/loss"] for i in (1, 2, 4)) / 3)  # of what was finite
+
+
+def test_a_gradient_that_is_not_finite_is_enough(fit):
+    """sqrt at 0: the loss is finite, its gradient is not."""
+
+    class Root(Recorder):
+        def forward(self, encoder, batch, progress):
+            found = super().forward(encoder, batch, progress)
+            extra = (self.scale - self.scale.detach()).sqrt() if progress.step == 1 else 0
+            return replace(found, loss=found.loss + extra)
+
+    module = make_module(Root(), fused=True)
+    with pytest.raises(NonFiniteLossError, match=r"is not finite at step 2 \(loss = [0-9.]+, loss_mim = [0-9.]+\)"):
+        fit(module, make_batches())
+    assert all(value.isfinite().all() for value in weights(module).values())
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_keep_the_batch(fit, tmp_path, capsys):
+    """Three bad steps are not four; after the fourth in a row the run stops, and the last batch is there."""
+    objective = Recorder(broken_at=(1, 2, 3, 5, 6, 7, 8))
+    module = make_module(objective, total_steps=20, steps_per_epoch=4, config={"seed": 0})
+    batches = make_batches()
+    message = r"at 4 steps in a row, from step 6 on \(loss = nan, loss_mim = nan\); .*\nThe batch .*harmonize replay "
+    with pytest.raises(NonFiniteLossError, match=message):
+        fit(module, batches, metrics=StepMetrics(max_skipped=4, folder=tmp_path))
+    kept = torch.load(tmp_path / "nonfinite_rank0.pt", weights_only=True)
+    assert (kept["step"], kept["micro_batch"], kept["rank"]) == (8, 0, 0)
+    assert kept["batch"]["index"].equal(batches[0].index)
+    assert kept["batch"]["views"]["mim"][0].equal(batches[0].views["mim"][0])
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 def test_the_checkpoint_names_its_parts(fit, tmp_path):

@@ -156,15 +156,15 @@ def cores(patient: Patient) -> Iterator[Finding]:
     """The cores that this process may use, against the loader's workers and the threads."""
     here, limit = cores_per_device(patient.devices)
     workers, devices = patient.cfg.data.num_workers, patient.devices
-    each = "" if devices == 1 else " for each of the devices"
+    few = f"{here:g} core{'s' * (here != 1)}{'' if devices == 1 else ' for each of the devices'}"
     if workers > here:
         in_job = f", or ask SLURM for --cpus-per-task={workers + 1}" if "SLURM_JOB_ID" in os.environ else ""
         yield warning(
-            f"data.num_workers={workers}, but {limit} allows {here:g} cores{each}.",
+            f"data.num_workers={workers}, but {limit} allows {few}.",
             f"Set data.num_workers={int(here)}{in_job}.",
         )
     else:
-        yield ok(f"{here:g} cores{each} ({limit}) for data.num_workers={workers}.")
+        yield ok(f"{few} ({limit}) for data.num_workers={workers}.")
     if not on_gpu(patient):
         if devices > (os.cpu_count() or 1):
             yield problem(

@@ -37,7 +37,7 @@ def grouped_order(group: Tensor, at_once: int, generator: torch.Generator) -> Te
 
     >>> group = torch.tensor([0, 0, 1, 1, 2, 2])
     >>> group[grouped_order(group, 1, torch.Generator().manual_seed(0))].tolist()
-    [2, 2, 0, 0, 1, 1]
+    [1, 1, 2, 2, 0, 0]
     """
     _, group = group.unique(return_inverse=True)  # some may have no image
     num = int(group.max()) + 1 if len(group) else 0
