@@ -256,6 +256,7 @@ def test_the_steps_of_the_dockerfile_install_the_package(tmp_path):
     What is absolute in the image (/source, /runs) lies below a folder of the test's.
     """
     root, lent, environment = tmp_path / "image", tmp_path / "lent", tmp_path / "environment"
+    root.mkdir()
     lend(lent, "torch", "torchvision")
     subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
     (site,) = environment.glob("lib/python*/site-packages")

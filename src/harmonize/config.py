@@ -317,6 +317,8 @@ class Composer:
         file = getattr(error, "missing_cfg_file", None)
         if file:
             group, _, name = str(file).rpartition("/")
+            if name == "submitit_slurm":
+                return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install 'harmonize[slurm]'."
             options = self._options(group)
             return f"There is no file {name}.yaml in conf/{group}; set {group}= to one of {', '.join(options)}."
         parts = [str(e).splitlines()[0].rstrip(".") for e in (error, error.__cause__) if e and str(e)]

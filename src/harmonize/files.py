@@ -26,6 +26,15 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(finite(value), indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file, or something else in it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def digest(value: Any, length: int) -> str:
     """The first ``length`` hexadecimal digits of the SHA-256 of a plain value, whatever the order of its keys.
 

@@ -24,8 +24,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from harmonize.clock import SILENCE, duration
 from harmonize.config import compose, run_dir
-from harmonize.files import write_whole
+from harmonize.files import read_json, write_whole
 from harmonize.types import ConfigError, FaultError
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 OVER = ("finished", "failed", "lost", "stopped")
 """States that a job does not leave by itself."""
-
-SILENCE = 90.0
-"""Seconds without a sign of life after which a running job counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _forget(job: Job) -> None:
     """What an earlier start of the job has left to say."""
     job.log.with_suffix(".code").unlink(missing_ok=True)
     state = job.folder / "state.json"
-    if state.exists() and _json(state).get("state") in ("failed", "stopped"):
+    if state.exists() and read_json(state).get("state") in ("failed", "stopped"):
         state.unlink()
 
 
@@ -266,9 +264,9 @@ def standing(job: Job, queued: set[int] | None = None) -> Standing:
         job: The job.
         queued: Numbers of the jobs that the cluster still knows; None: it was not asked.
     """
-    state, code = _json(job.folder / "state.json"), _code(job)
+    state, code = read_json(job.folder / "state.json"), _code(job)
     metrics = _latest(job.folder)
-    if done := _json(job.folder / "metrics.json"):
+    if done := read_json(job.folder / "metrics.json"):
         step = int(done.get("step", 0))
         return Standing("finished", step, int(done.get("total_steps", step)), 0, metrics | done)
     name, message = str(state.get("state", "waiting")), str(state.get("message", ""))
@@ -308,7 +306,7 @@ def table(sweep: Sweep, found: Mapping[int, Standing]) -> Group:
             " ".join(o for o in job.overrides if o not in common),
             Text(s.state, style=COLOURS.get(s.state, "")),
             f"{s.step}/{s.total}" if s.total else "",
-            "" if s.seconds_left is None or s.state != "running" else _duration(s.seconds_left),
+            "" if s.seconds_left is None or s.state != "running" else duration(s.seconds_left),
             *("" if value is None else text.format(value) for value, text in values),
         )
     tails = []
@@ -386,14 +384,6 @@ def main(arguments: list[str]) -> int:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _code(job: Job) -> int | None:
     """Exit code of a local job that has ended."""
     try:
@@ -431,7 +421,3 @@ def _tail(path: Path, lines: int = 8) -> list[str]:
         return path.read_text(errors="replace").splitlines()[-lines:]
     except OSError:
         return ["(no log)"]
-
-
-def _duration(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

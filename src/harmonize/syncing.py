@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from harmonize.config import load_config, to_plain
-from harmonize.files import write_json
+from harmonize.files import read_json, write_json
 from harmonize.training.loggers import read_rows, run_id
 from harmonize.types import ConfigError, FaultError
 
@@ -57,7 +55,7 @@ def sync(folder: Path, project: str | None = None, entity: str | None = None, ag
     config = to_plain(load_config(folder / "config.yaml"))
     logger = config.get("logger") or {}
     rows = read_rows(folder / "metrics.jsonl")
-    done = 0 if again else _done(folder)
+    done = 0 if again else int(read_json(folder / MARK).get("rows", 0))
     try:
         run = wandb.init(
             project=project or logger.get("project") or "harmonize",
@@ -84,11 +82,3 @@ def sync(folder: Path, project: str | None = None, entity: str | None = None, ag
         raise FaultError(f"{folder}: W&B does not take it ({reason}); nothing is lost, try again later.") from error
     write_json(folder / MARK, {"rows": len(rows)})
     return len(new)
-
-
-def _done(folder: Path) -> int:
-    try:
-        found: Any = json.loads((folder / MARK).read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return int(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.core.config_store import ConfigStore
 from PIL import Image
 
 from harmonize.cli import main
@@ -162,8 +163,15 @@ def test_what_a_job_asks_for(tmp_path):
     assert resources(cfg, {"cpus_per_task": 2, "gpus_per_node": 1})["cpus_per_task"] == 2
 
 
-@pytest.mark.parametrize("program", ["sbatch", "srun"])
-def test_no_cluster_is_one_sentence(monkeypatch, tmp_path, capsys, program):
+def test_the_extra_that_is_missing_is_named(monkeypatch, tmp_path, capsys):
+    repo = ConfigStore.instance().repo["hydra"]["launcher"]
+    monkeypatch.delitem(repo, "submitit_slurm.yaml")
+    assert main(["train", "-m", "seed=0,1", "hydra/launcher=slurm", f"run.root={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("hydra/launcher=slurm needs hydra-submitit-launcher: pip install 'harmonize[slurm]'.")
+
+
+def test_no_cluster_is_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["train", "-m", "seed=0,1", "hydra/launcher=slurm", f"run.root={tmp_path}", "logger=csv"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -231,8 +231,8 @@ def time_step(setup: Setup, batch: Batch | RawBatch, full: int, seconds: float =
 def step_seconds(times: Mapping[int, float], full: int) -> float:
     """Seconds of a step on ``full`` images, from those on fewer: what grows with the images goes on growing.
 
-    >>> step_seconds({4: 1.4, 8: 1.8}, full=16), step_seconds({4: 1.0}, full=16)
-    (2.6, 4.0)
+    >>> step_seconds({4: 1.5, 8: 2.0}, full=16), step_seconds({4: 1.0}, full=16)
+    (3.0, 4.0)
     """
     *earlier, (size, seconds) = times.items()
     if not earlier:

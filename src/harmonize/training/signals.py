@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -121,8 +120,3 @@ def exit_code(signum: int) -> int:
     143
     """
     return 128 + signum
-
-
-def in_slurm_job() -> bool:
-    """Whether this process runs inside of a job of SLURM."""
-    return "SLURM_JOB_ID" in os.environ

@@ -17,15 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from harmonize.files import write_json
+from harmonize.clock import HEARTBEAT, SILENCE
+from harmonize.files import read_json, write_json
 from harmonize.training.signals import Interrupted
 from harmonize.types import ConfigError
-
-HEARTBEAT = 10.0
-"""Seconds between signs of life."""
-
-SILENCE = 90.0
-"""Seconds without one after which a process on another host counts as gone."""
 
 
 class RunStatus:
@@ -119,7 +114,7 @@ class RunStatus:
             if _create(self.path, json.dumps(identity())):
                 self._held = True
                 return
-            holder = _read(self.path)
+            holder = read_json(self.path)
             if is_alive(holder, self.path):
                 raise ConfigError(
                     f"run.dir={self.folder} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for "
@@ -200,11 +195,3 @@ def _create(path: Path, content: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

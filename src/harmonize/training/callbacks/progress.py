@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from harmonize.clock import duration
 from harmonize.training.loggers import json_logger
 from harmonize.training.module import PretrainModule
 
@@ -105,15 +106,6 @@ class ProgressDisplay(pl.Callback):
         done = trainer.global_step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (module.total_steps - trainer.global_step)
         return [*([f"{speed:,.0f} images/s"] if speed else []), f"{duration(left)} left"]
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> duration(3725)
-    '1:02:05'
-    """
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def _epoch(trainer: pl.Trainer, module: PretrainModule) -> str:
