@@ -7,6 +7,7 @@ is trained, nothing is written.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     cfg = compose(options.overrides)
     check_config(cfg, machine=not (options.script or options.tflops))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     setup = build(cfg)
     for title, rows in (
         ("Run", _run(cfg, setup)),

@@ -26,8 +26,9 @@ def main(arguments: list[str]) -> int:
     try:
         kept = torch.load(options.file, map_location="cpu", weights_only=True)
         batch = Batch(**kept["batch"])
-    except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{options.file} is no file of a run that stopped: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file raises one of many errors, depending on where it is damaged
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{options.file} is no file of a run that stopped: {reason}") from error
     Console(highlight=False, soft_wrap=True).print(replay(kept, batch))
     return 0
 

@@ -795,10 +795,10 @@ def test_a_bomb_is_not_unpacked(packed):
     bomb = base64.b64encode(zlib.compress(bytes(200_000_000), 9)).decode()
     for key in ("table", "names"):
         change(packed, **{key: bomb})
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(ConfigError, match="compressed data of a wrong length"):
             Shards(str(packed))
-        assert time.perf_counter() - begin < 0.5
+        assert time.process_time() - begin < 0.5
 
 
 # Behind a URL

@@ -92,7 +92,7 @@ def speed(patient: Patient) -> Iterator[Finding]:
     elif step.peak:
         yield ok(f"{step.images} images at a time take {step.peak / GIB:.1f} GiB of the GPU's memory.")
     wait = waiting(loader, step)
-    rates = f"The loader brings {loader.rate:.0f} images per second, a step takes {step.rate:.0f}"
+    rates = f"The loader brings {_few(loader.rate)} images per second, a step takes {_few(step.rate)}"
     rates += "" if patient.devices == 1 else ", on each device"
     note = " (its blocks not compiled here)" if setup.compiled else ""
     if wait < LARGEST_WAIT:
@@ -266,3 +266,12 @@ def _timed(work: Callable[[], Any], on_gpu: bool) -> float:
     work()
     wait()
     return time.perf_counter() - start
+
+
+def _few(number: float) -> str:
+    """A number in few digits.
+
+    >>> _few(1853.7), _few(2.34)
+    ('1854', '2.3')
+    """
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
