@@ -46,6 +46,8 @@ NEUTRAL = (
     "hydra",
     "data.num_workers",
     "data.augment",
+    "data.shard_cache_gb",
+    "data.dataset.shard_cache_gb",
     "trainer.progress",
     "trainer.save_every_minutes",
     "trainer.max_skipped_steps",
