@@ -208,11 +208,20 @@ def test_a_mistake_is_answered_as_shown(command, answer, capsys):
 
 
 README_TRAIN = [c[2:] for c in commands((ROOT / "README.md").read_text()) if c[:2] == ["python", "train.py"]]
+README_TRAIN = [c for c in README_TRAIN if "hydra/launcher=slurm" not in c]  # tests/slurm has a cluster
+
+
+@pytest.fixture(scope="session")
+def shards(images, tmp_path_factory) -> Path:
+    """The same images in shards."""
+    folder = tmp_path_factory.mktemp("shards") / "out"
+    assert main(["shards", str(images), str(folder)]) == 0
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", README_TRAIN, ids=shlex.join)
-def test_readme_training_command_runs(arguments, images, tmp_path):
+def test_readme_training_command_runs(arguments, images, shards, tmp_path):
     """The command as it stands, then small: few images, three steps, the first two jobs of a sweep."""
     if not {"--help", "--cfg"} & set(arguments):
         small = ["trainer=smoke", "trainer.accelerator=cpu", "trainer.devices=1", "logger=csv", f"run.root={tmp_path}"]
@@ -222,7 +231,10 @@ def test_readme_training_command_runs(arguments, images, tmp_path):
             small += ["diagnostics=none", "trainer.sanity=false"]
         lengths = ("trainer.", "data.batch_size", "logger", "run.dir")
         kept = [re.sub(r"^(\w[\w.]*=[^,]+,[^,]+),.*", r"\1", a) for a in arguments if not a.startswith(lengths)]
-        arguments = [re.sub(r"^data\.root=.*", f"data.root={images}", a) for a in kept] + small
+        if "-m" in arguments:
+            small.append("hydra/launcher=basic")  # all jobs in one process: tests/test_sweeps.py gives each its own
+        root = shards if "data=shards" in arguments else images
+        arguments = [re.sub(r"^data\.root=.*", f"data.root={root}", a) for a in kept] + small
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)

@@ -134,9 +134,11 @@ def test_what_a_run_leaves_behind(measured, tmp_path, capsys):
         "metrics.json",
         "checkpoints",
         "diagnostics",
+        "state.json",
     }
     assert list(diagnostics(folder)) == [f"epoch_{epoch:04d}.json" for epoch in range(4)]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert metrics == json.loads((folder / "metrics.json").read_text())
     assert metrics["step"] == metrics["total_steps"] == 12
     assert {"untrained/knn_top1", "untrained/linear_top1", "val/knn_top1", "val/linear_top1"} <= set(metrics)
@@ -225,6 +227,7 @@ def test_an_unreadable_checkpoint_is_replaced_by_the_best(overrides, tmp_path):
     last = folder / "checkpoints" / "last.ckpt"
     expected = load(last)["state_dict"]
     last.unlink()  # it may be the same file as best.ckpt
+    last.with_name("previous.ckpt").unlink()
     last.write_bytes(b"torn")
     (folder / "metrics.json").unlink()
     with pytest.warns(UserWarning, match=r"last\.ckpt is damaged; going on from best\.ckpt"):
@@ -367,9 +370,14 @@ def test_a_short_validation_takes_images_of_all_classes(overrides, monkeypatch):
 def test_a_loss_that_is_not_finite_is_one_sentence(overrides, tmp_path, capsys):
     assert main(["train", *overrides, "trainer.max_steps=1"]) == 0
     capsys.readouterr()
-    assert main(["train", *overrides, "optimizer.lr=1e30"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("harmonize: error: The loss is not finite at optimiser step ")
+    diverging = [*overrides, "optimizer.lr=1e30"]
+    assert main(["train", *diverging]) == 1  # the end of an epoch comes first
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("harmonize: error: The network has diverged at optimiser step 4: k-NN needs finite")
+    assert main(["train", *diverging, "trainer.max_skipped_steps=2", "run.fresh=true"]) == 1
+    line, replay = capsys.readouterr().err.splitlines()[-2:]
+    assert line.startswith("harmonize: error: The loss or its gradient is not finite at 2 steps in a row, from step ")
+    assert f"harmonize replay {tmp_path / 'run' / 'nonfinite_rank0.pt'} " in replay
     assert not (tmp_path / "run" / "metrics.json").exists()  # not even that of the shorter run
 
 

@@ -14,7 +14,7 @@ from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
 from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
-from harmonize.types import Batch, FeatureSpec
+from harmonize.types import Batch, FeatureSpec, NonFiniteLossError
 
 
 class OnlineProbe(pl.Callback):
@@ -24,6 +24,9 @@ class OnlineProbe(pl.Callback):
 
     The validation loop's sanity check runs over the whole validation set before training: its result is the untrained
     network's, and a broken probe fails in the first minute.
+
+    Raises (from a hook):
+        NonFiniteLossError: The features are not finite.
 
     Args:
         train_loader: Labelled training images, clean view, to fit on. The validation loader is the trainer's.
@@ -78,10 +81,16 @@ class OnlineProbe(pl.Callback):
         train, *more_train = extract(module.encoder, self.train_loader, specs, module.device)
         self.more_features = more_train, more_val
         stage = "untrained" if trainer.sanity_checking else "val"
-        metrics = {
-            "knn_top1": knn_accuracy(train, val, self.num_classes, self.k, self.temperature),
-            "linear_top1": linear_probe_accuracy(train, val, self.num_classes, self.l2),
-        }
+        try:
+            metrics = {
+                "knn_top1": knn_accuracy(train, val, self.num_classes, self.k, self.temperature),
+                "linear_top1": linear_probe_accuracy(train, val, self.num_classes, self.l2),
+            }
+        except ValueError as error:
+            raise NonFiniteLossError(
+                f"The network has diverged at optimiser step {trainer.global_step}: {error} Try a smaller optimizer.lr "
+                "or a longer schedule.warmup."
+            ) from error
         num_images = int((val.label >= 0).sum())
         metrics |= {f"{name}_se": math.sqrt(p * (1 - p) / num_images) for name, p in metrics.items()}
         metrics["chance_top1"] = majority_share(val.label)
