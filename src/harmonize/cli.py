@@ -359,7 +359,7 @@ def start(command: Command, arguments: list[str]) -> int:
         if not (options.hydra_help or options.cfg or options.info):
             launcher = str(hydra.launcher.get("_target_", ""))
             _check(jobs, launcher, multirun, command.name)
-            if multirun and "_launchers." in launcher and not _sets(options.overrides, "hydra.sweep.dir"):
+            if multirun and _is_ours(launcher) and not _sets(options.overrides, "hydra.sweep.dir"):
                 options.overrides.append(f"hydra.sweep.dir='{_sweep_folder(jobs)}'")
     # Hydra prints errors in its own, shortened way and exits with 1; with this it raises them.
     with _environment(HYDRA_FULL_ERROR="1"):
@@ -454,6 +454,11 @@ def _jobs(options: Namespace, command: str) -> tuple[list[DictConfig], DictConfi
         return jobs, hydra, True
 
 
+def _is_ours(launcher: str) -> bool:
+    """Whether a launcher gives every job a process of its own."""
+    return launcher.startswith("hydra_plugins.harmonize_launchers.")
+
+
 def _sets(overrides: Sequence[str], key: str) -> bool:
     return any(o.lstrip("+").startswith(f"{key}=") for o in overrides)
 
@@ -518,8 +523,7 @@ def _check(jobs: Sequence[DictConfig], launcher: str, multirun: bool, command: s
         raise ConfigError("\n".join(problems))
     if not multirun:
         return
-    own_process = launcher.startswith("hydra_plugins.harmonize_launchers.")
-    if local and not own_process and any("trainer" in cfg and cfg.trainer.devices > 1 for cfg in jobs):
+    if local and not _is_ours(launcher) and any("trainer" in cfg and cfg.trainer.devices > 1 for cfg in jobs):
         raise ConfigError(
             "trainer.devices above 1 cannot be combined with -m and this launcher, because jobs would restart the "
             "sweep: use hydra/launcher=local or hydra/launcher=slurm, which start a process for every job."

@@ -35,6 +35,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_rows(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a line that a kill cut short is left out.
+
+    Args:
+        path: The file; where there is none, there are no rows.
+        last_bytes: Only rows within so many bytes at its end; None: all.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        if last_bytes is not None:
+            file.seek(max(0, path.stat().st_size - last_bytes))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
 def digest(value: Any, length: int) -> str:
     """The first ``length`` hexadecimal digits of the SHA-256 of a plain value, whatever the order of its keys.
 

@@ -6,7 +6,6 @@ is trained, nothing is written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +20,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from harmonize.arguments import Parser
+from harmonize.checks.disks import checkpoint_bytes
+from harmonize.checks.findings import in_bytes
 from harmonize.config import check_config, compose, launcher_of, run_dir
 from harmonize.data.batches import RawBatch
 from harmonize.functional.schedules import learning_rate
 from harmonize.training.optim import trained_parameters
-from harmonize.training.run_folder import batch_in_words, find_checkpoint
-from harmonize.training.setup import Setup, build, build_data, num_ranks
+from harmonize.training.run_folder import find_checkpoint
+from harmonize.training.setup import Setup, batch_in_words, build, build_data, num_ranks, rate_in_words
 from harmonize.types import Batch, Progress
 
 FEW = 2
@@ -43,7 +45,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def main(arguments: list[str]) -> int:
     """``harmonize plan [overrides] [--tflops N] [--script]``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="harmonize plan", description=__doc__, usage="harmonize plan [key=value ...] [--tflops N] [--script]"
     )
     parser.add_argument("overrides", nargs="*", help="as for harmonize train")
@@ -81,17 +83,14 @@ def _run(cfg: DictConfig, setup: Setup) -> list[tuple[str, str]]:
     used = module.steps_per_epoch * cfg.data.batch_size
     left = f", {data.num_train - used:,} left over" if data.num_train > used else ""
     classes = f", {len(data.classes)} classes" if data.classes else ", no labels: no probes"
-    per_rank = cfg.data.batch_size // num_ranks(cfg) // cfg.trainer.accumulate
-    rule = cfg.optimizer
-    peak = module.optimization.peak_lr
-    scaled = f"{rule.lr:g} x {cfg.data.batch_size} / {rule.lr_batch} = {peak:g}" if rule.lr_batch else f"{peak:g}"
+    rate = rate_in_words(cfg, module.optimization.peak_lr)
     rows = [
         ("run folder", f"{folder} ({state})"),
         ("images", f"{data.num_train:,} to train on{left}{classes}"),
         ("length", f"{module.total_steps:,} steps, {module.steps_per_epoch:,} an epoch"),
         ("batch", batch_in_words(cfg)),
-        ("learning rate", f"{scaled} at its peak, after {module.schedule.get('warmup', 0):g} of the run"),
-        ("images per process at a time", str(per_rank)),
+        ("learning rate", f"{rate} at its peak, after {module.schedule.get('warmup', 0):g} of the run"),
+        ("images per process at a time", str(data.micro_batch)),
         ("seen in all", f"{module.total_steps * cfg.data.batch_size:,} images"),
     ]
     if "contrastive" in module.objective.required_views:  # type: ignore[operator]
@@ -115,14 +114,12 @@ def _network(setup: Setup) -> list[tuple[str, str]]:
 def _cost(cfg: DictConfig, setup: Setup, tflops: float | None) -> list[tuple[str, str]]:
     module = setup.module
     flops, kept = measure(cfg, setup)
-    micro = cfg.data.batch_size // num_ranks(cfg) // cfg.trainer.accumulate
-    at_once = min(micro, cfg.trainer.images_at_once or micro)
+    at_once = min(setup.data.micro_batch, cfg.trainer.images_at_once or setup.data.micro_batch)
     half = 0.5 if setup.precision in ("bf16", "fp16") else 1.0
     trained = sum(p.numel() for p in trained_parameters(module.encoder, module.objective).values())
     everything = sum(p.numel() for p in module.parameters())
     states = 4 * (everything + 3 * trained)  # weights; gradients and AdamW's two moments
     activations = kept * at_once * half
-    checkpoint = 4 * (everything + 2 * trained)
     step = flops * cfg.data.batch_size
     rate = (tflops or rate_here(setup) / 1e12) * 1e12
     seconds = step / (rate * REACHED) / num_ranks(cfg)
@@ -130,9 +127,9 @@ def _cost(cfg: DictConfig, setup: Setup, tflops: float | None) -> list[tuple[str
     total = seconds * module.total_steps
     return [
         ("one step", f"{step / 1e12:.3g} TFLOP, {flops / 1e9:.3g} GFLOP an image"),
-        ("memory per process", f"{_gib(states + activations)} = {_gib(states)} of weights, gradients and moments + "
-         f"{_gib(activations)} of activations ({at_once} images at once)"),
-        ("a checkpoint", f"{_gib(checkpoint)}, up to three are kept"),
+        ("memory per process", f"{in_bytes(states + activations)} = {in_bytes(states)} of weights, gradients and "
+         f"moments + {in_bytes(activations)} of activations ({at_once} images at once)"),
+        ("a checkpoint", f"{in_bytes(checkpoint_bytes(module))}, up to three are kept"),
         ("time", f"{seconds:.3g} s a step, {_days(total)} in all, {total * num_ranks(cfg) / 3600:,.1f} device-hours "
          f"({where}, of which steps reach about {REACHED:.0%}; without validation)"),
     ]  # fmt: skip
@@ -215,10 +212,6 @@ def _bars(values: Sequence[float]) -> str:
     if high == low:
         return BARS[3] * len(values)
     return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1))] for v in values)
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _days(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from harmonize.arguments import Parser
 from harmonize.config import instantiate
 from harmonize.functional.seeding import mix_int
 from harmonize.types import Batch, ConfigError, Progress
@@ -20,7 +20,7 @@ from harmonize.types import Batch, ConfigError, Progress
 
 def main(arguments: list[str]) -> int:
     """``harmonize replay FILE``."""
-    parser = argparse.ArgumentParser(prog="harmonize replay", description=__doc__)
+    parser = Parser(prog="harmonize replay", description=__doc__)
     parser.add_argument("file", type=Path, help="nonfinite_rank0.pt of a run folder")
     options = parser.parse_args(arguments)
     try:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarInfo
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from harmonize.arguments import Parser
 from harmonize.data.datasets import Folder, ImageFiles
 from harmonize.data.images import MAX_PIXELS, UnreadableImage, read_image
 from harmonize.data.shard_index import (
@@ -62,16 +63,9 @@ _MOST_NAMED = 5  # unreadable images
 _CHUNK = 16  # images that a process reads at a time
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are errors like any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"harmonize shards: {message}; see harmonize shards --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
-    made = _Parser(
+    made = Parser(
         "harmonize shards", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("folder", metavar="FOLDER", type=Path, help="the images; with --index: the shards")

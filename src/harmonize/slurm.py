@@ -15,15 +15,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
-from harmonize.config import compose
+from harmonize.sweeps import Job, Sweep, configuration
 from harmonize.types import ConfigError
-
-if TYPE_CHECKING:
-    from harmonize.sweeps import Job, Sweep
 
 OURS = ("_target_", "submitit_folder", "max_num_timeout", "gpus_per_node", "cpus_per_task", "nodes", "tasks_per_node")
 """Options that do not go to submitit as they are."""
@@ -78,15 +75,18 @@ class Submission:
         return {num for num, name in self.ids.items() if name in found}
 
 
-def submit(sweep: Sweep, jobs: Sequence[Job]) -> Submission:
-    """Hand jobs in, as one array for all that ask for the same; ``sweep.yaml`` learns where their logs are.
+def submit(sweep: Sweep, jobs: Sequence[Job]) -> tuple[Sweep, Submission]:
+    """Hand jobs in, as one array for all that ask for the same.
+
+    Returns:
+        The sweep, which now knows where their logs are (as does ``sweep.yaml``), and what can be asked about them.
 
     Raises:
         ConfigError: submitit or SLURM is not installed, or SLURM refuses the jobs.
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Job]] = {}
     for job in jobs:
-        asked = tuple(resources(compose(job.overrides, sweep.command), sweep.options).items())
+        asked = tuple(resources(configuration(sweep.command, *job.overrides), sweep.options).items())
         groups.setdefault(asked, []).append(job)
     folder = sweep.folder / "slurm"
     ids: dict[int, str] = {}
@@ -98,18 +98,18 @@ def submit(sweep: Sweep, jobs: Sequence[Job]) -> Submission:
         except Exception as error:  # submitit wraps what sbatch says
             raise ConfigError(f"SLURM refuses the jobs: {_last_line(error)}") from error
         for job, handle in zip(members, handed_in, strict=True):
-            (job.folder / "state.json").unlink(missing_ok=True)
             ids[job.num], logs[job.num] = handle.job_id, Path(handle.paths.stdout)
             print(f"harmonize: job {job.num} is SLURM's {handle.job_id}: {' '.join(job.overrides)}", flush=True)
-    known = [replace(job, log=logs.get(job.num, job.log)) for job in sweep.jobs]
-    replace(sweep, jobs=known).write()
+    sweep = replace(sweep, jobs=[replace(job, log=logs.get(job.num, job.log)) for job in sweep.jobs])
+    sweep.write()
     print(f"harmonize: see them, here or elsewhere, with: harmonize sweep {sweep.folder}", flush=True)
-    return Submission(ids)
+    return sweep, Submission(ids)
 
 
 def resources(cfg: DictConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """Nodes, processes, cores and GPUs of a job.
 
+    >>> from harmonize.config import compose
     >>> resources(compose(["trainer.devices=2", "trainer.accelerator=cpu", "data.num_workers=3"]), {})
     {'nodes': 1, 'tasks_per_node': 2, 'cpus_per_task': 4, 'gpus_per_node': None}
     """

@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console, Group
@@ -24,16 +25,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from harmonize.arguments import Parser
 from harmonize.clock import SILENCE, duration
 from harmonize.config import compose, run_dir
-from harmonize.files import read_json, write_whole
+from harmonize.files import read_json, read_rows, write_whole
 from harmonize.types import ConfigError, FaultError
 
-if TYPE_CHECKING:
-    from harmonize.slurm import Submission
+BAD = ("failed", "stopped", "lost")
+"""States of a job that has stopped before its end."""
 
-OVER = ("finished", "failed", "lost", "stopped")
+ENDED = ("finished", *BAD)
 """States that a job does not leave by itself."""
+
+Look = Callable[[], "dict[int, Standing]"]
+"""How every job of a sweep stands now."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def run_sweep(
     jobs = []
     for num, job in enumerate(overrides, start=first):
         own = [o for o in job if not o.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher", "hydra.sweep"))]
-        jobs.append(Job(num, own, run_dir(compose(own, command)).absolute(), folder / f"{num:03d}.log"))
+        jobs.append(Job(num, own, run_dir(configuration(command, *own)).absolute(), folder / f"{num:03d}.log"))
     sweep = Sweep(folder, command, launcher, dict(options), jobs)
     sweep.write()
     start(sweep, jobs)
@@ -124,17 +129,49 @@ def start(sweep: Sweep, jobs: Sequence[Job]) -> None:
     Raises:
         FaultError: Jobs have failed.
     """
-    if sweep.launcher == "slurm":
-        from harmonize.slurm import submit
+    for job in jobs:
+        _forget(job)
+    found = (run_on_slurm if sweep.launcher == "slurm" else run_here)(sweep, jobs)
+    bad = {job.num: found[job.num].state for job in jobs if found[job.num].state != "finished"}
+    if bad:
+        words = ", ".join(f"{n} {state}" for state, n in Counter(bad.values()).items())
+        raise FaultError(
+            f"{len(bad)} of {len(jobs)} jobs did not finish ({words}): {', '.join(map(str, bad))}. See them with: "
+            f"harmonize sweep {sweep.folder} (--retry-failed runs them again)."
+        )
 
-        submission = submit(sweep, jobs)
-        _stay(sweep, jobs, submission)
-    else:
-        run_here(sweep, jobs)
-    _judge(sweep, jobs)
+
+def _forget(job: Job) -> None:
+    """What an earlier start of the job has left to say."""
+    if standing(job).state in BAD:
+        (job.folder / "state.json").unlink(missing_ok=True)
+    job.log.with_suffix(".code").unlink(missing_ok=True)
 
 
-def run_here(sweep: Sweep, jobs: Sequence[Job]) -> None:
+@cache
+def configuration(command: str, *overrides: str) -> DictConfig:
+    """What a job runs with; composing takes a moment, and several ask."""
+    return compose(overrides, command)
+
+
+def run_on_slurm(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
+    """Hand jobs in and show the table until none is left; after Ctrl-C they go on."""
+    from harmonize.slurm import submit
+
+    sweep, submission = submit(sweep, jobs)
+    nums = {job.num for job in jobs}
+
+    def over(found: Mapping[int, Standing]) -> bool:
+        return all(found[num].state in ENDED for num in nums)
+
+    try:
+        return _watch(sweep, lambda: stand(sweep, submission.queued()), over, seconds=5)
+    except KeyboardInterrupt:
+        print(f"harmonize: the jobs go on; see them with: harmonize sweep {sweep.folder}", file=sys.stderr)
+        raise SystemExit(0) from None
+
+
+def run_here(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
     """Run jobs on this machine, one process each; with one at a time its output is shown as it comes."""
     slots = _slots(sweep, jobs)
     waiting, lock = list(jobs), threading.Lock()
@@ -159,7 +196,6 @@ def run_here(sweep: Sweep, jobs: Sequence[Job]) -> None:
                     errors="replace",
                 )
                 processes.append(process)
-            _forget(job)
             assert process.stdout is not None
             with job.log.open("w") as log:
                 for line in process.stdout:
@@ -175,7 +211,7 @@ def run_here(sweep: Sweep, jobs: Sequence[Job]) -> None:
         thread.start()
     try:
         if len(slots) > 1:
-            _watch(sweep, lambda: not any(thread.is_alive() for thread in threads))
+            _watch(sweep, lambda: stand(sweep), lambda _: not any(thread.is_alive() for thread in threads))
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:  # the terminal has sent it to the jobs as well, which save
@@ -183,11 +219,12 @@ def run_here(sweep: Sweep, jobs: Sequence[Job]) -> None:
         for process in processes:
             process.wait()
         raise
+    return stand(sweep)
 
 
 def _slots(sweep: Sweep, jobs: Sequence[Job]) -> list[str | None]:
     """For each job at a time the GPUs that it sees; None: all that there are."""
-    configs = [compose(job.overrides, sweep.command) for job in jobs]
+    configs = [configuration(sweep.command, *job.overrides) for job in jobs]
     devices = {cfg.trainer.devices for cfg in configs if "trainer" in cfg} or {1}
     cpu = all("trainer" in cfg and cfg.trainer.accelerator == "cpu" for cfg in configs)
     wanted = sweep.options.get("jobs")
@@ -202,35 +239,6 @@ def _slots(sweep: Sweep, jobs: Sequence[Job]) -> list[str | None]:
     (each,) = devices
     groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
     return [groups[i % len(groups)] for i in range(wanted or len(groups))]
-
-
-def _forget(job: Job) -> None:
-    """What an earlier start of the job has left to say."""
-    job.log.with_suffix(".code").unlink(missing_ok=True)
-    state = job.folder / "state.json"
-    if state.exists() and read_json(state).get("state") in ("failed", "stopped"):
-        state.unlink()
-
-
-def _stay(sweep: Sweep, jobs: Sequence[Job], submission: Submission) -> None:
-    """Show the table until no job is left; after Ctrl-C the jobs go on."""
-    try:
-        _watch(sweep, lambda: all(standing(job, submission.queued()).state in OVER for job in jobs), submission.queued)
-    except KeyboardInterrupt:
-        print(f"harmonize: the jobs go on; see them with: harmonize sweep {sweep.folder}", file=sys.stderr)
-        raise SystemExit(0) from None
-
-
-def _judge(sweep: Sweep, jobs: Sequence[Job]) -> None:
-    found = {job.num: standing(job) for job in jobs}
-    bad = {num: s for num, s in found.items() if s.state != "finished"}
-    if bad:
-        counts = Counter(s.state for s in bad.values())
-        words = ", ".join(f"{n} {state}" for state, n in counts.items())
-        raise FaultError(
-            f"{len(bad)} of {len(jobs)} jobs did not finish ({words}): {', '.join(map(str, bad))}. See them with: "
-            f"harmonize sweep {sweep.folder} (--retry-failed runs them again)."
-        )
 
 
 # ---- how it stands ---------------------------------------------------------------------------------------------------
@@ -284,6 +292,11 @@ def standing(job: Job, queued: set[int] | None = None) -> Standing:
     return Standing(name, int(state.get("step", 0)), int(state.get("total_steps", 0)), left, metrics, message)
 
 
+def stand(sweep: Sweep, queued: set[int] | None = None) -> dict[int, Standing]:
+    """How every job stands, by its number."""
+    return {job.num: standing(job, queued) for job in sweep.jobs}
+
+
 def table(sweep: Sweep, found: Mapping[int, Standing]) -> Group:
     """All jobs, and the last lines of those that failed."""
     counts = Counter(s.state for s in found.values())
@@ -322,32 +335,37 @@ def table(sweep: Sweep, found: Mapping[int, Standing]) -> Group:
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "lost": "red", "stopped": "yellow"}
 
 
-def _watch(sweep: Sweep, over: Callable[[], bool], queued: Callable[[], set[int] | None] = lambda: None) -> None:
-    """Show the table until something is over; on a terminal it is renewed, elsewhere changes of state are lines."""
+def _watch(
+    sweep: Sweep, look: Look, over: Callable[[Mapping[int, Standing]], bool], seconds: float = 1
+) -> dict[int, Standing]:
+    """Show how jobs stand until that is over, and return it: a table on a terminal, elsewhere a line per change.
+
+    Args:
+        sweep: The jobs.
+        look: Says how they stand.
+        over: Whether it is over.
+        seconds: From one look to the next.
+    """
     console = Console()
-
-    def look() -> dict[int, Standing]:
-        known = queued()
-        return {job.num: standing(job, known) for job in sweep.jobs}
-
-    if console.is_terminal:
-        with Live(table(sweep, look()), console=console, auto_refresh=False) as live:
-            while not over():
-                time.sleep(1)
-                live.update(table(sweep, look()), refresh=True)
-            live.update(table(sweep, look()), refresh=True)
-        return
     before: dict[int, str] = {}
-    while True:
-        last = over()
-        for num, s in look().items():
+
+    def say(found: Mapping[int, Standing]) -> None:
+        for num, s in found.items():
             if before.get(num) != s.state:
                 text = f"job {num}: {s.state}" + (f" ({s.message})" if s.message and s.state != "running" else "")
                 console.print(text, highlight=False, soft_wrap=True)
                 before[num] = s.state
-        if last:
-            return
-        time.sleep(1)
+
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while True:
+            ended = over(found := look())
+            if live is not None:
+                live.update(table(sweep, found), refresh=True)
+            else:
+                say(found)
+            if ended:
+                return found
+            time.sleep(seconds)
 
 
 def main(arguments: list[str]) -> int:
@@ -356,29 +374,26 @@ def main(arguments: list[str]) -> int:
     Returns:
         0: every job finished or is under way; 1: some did not.
     """
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="harmonize sweep", description=__doc__)
+    parser = Parser(prog="harmonize sweep", description=__doc__)
     parser.add_argument("folder", type=Path, help="of the sweep, under RUN_ROOT/sweeps")
     parser.add_argument("--watch", action="store_true", help="renew the table until all jobs have ended")
     parser.add_argument("--retry-failed", action="store_true", help="start again what failed, stopped or got lost")
     options = parser.parse_args(arguments)
     sweep = Sweep.read(options.folder)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    found = {job.num: standing(job) for job in sweep.jobs}
+    found = stand(sweep)
     if options.retry_failed:
-        again = [job for job in sweep.jobs if found[job.num].state in ("failed", "stopped", "lost")]
+        again = [job for job in sweep.jobs if found[job.num].state in BAD]
         if not again:
             console.print("No job has failed.")
             return 0
         start(sweep, again)
         return 0
     if options.watch:
-        _watch(sweep, lambda: all(standing(job).state in OVER for job in sweep.jobs))
-        found = {job.num: standing(job) for job in sweep.jobs}
+        found = _watch(sweep, lambda: stand(sweep), lambda now: all(s.state in ENDED for s in now.values()))
     if not (options.watch and console.is_terminal):
         console.print(table(sweep, found))
-    return int(any(s.state in ("failed", "stopped", "lost") for s in found.values()))
+    return int(any(s.state in BAD for s in found.values()))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -394,26 +409,9 @@ def _code(job: Job) -> int | None:
 
 def _latest(folder: Path) -> dict[str, float]:
     latest: dict[str, float] = {}
-    for row in _last_rows(folder / "metrics.jsonl"):
+    for row in read_rows(folder / "metrics.jsonl", last_bytes=1 << 18):  # the file may be long
         latest.update(row)
     return {key: value for key, value in latest.items() if isinstance(value, (int, float))}
-
-
-def _last_rows(path: Path, size: int = 1 << 18) -> Iterator[dict[str, Any]]:
-    """Rows at the end of a file that may be long."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
 
 
 def _tail(path: Path, lines: int = 8) -> list[str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from harmonize.arguments import Parser
 from harmonize.config import load_config, to_plain
-from harmonize.files import read_json, write_json
-from harmonize.training.loggers import read_rows, run_id
+from harmonize.files import read_json, read_rows, write_json
+from harmonize.training.loggers import quiet_settings, run_id
 from harmonize.types import ConfigError, FaultError
 
 MARK = "synced.json"
@@ -19,7 +20,7 @@ MARK = "synced.json"
 
 def main(arguments: list[str]) -> int:
     """``harmonize sync FOLDER ... [--project P] [--entity E]``."""
-    parser = argparse.ArgumentParser(prog="harmonize sync", description=__doc__)
+    parser = Parser(prog="harmonize sync", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_argument("--project", help="instead of the run's own")
     parser.add_argument("--entity", help="instead of the run's own")
@@ -65,7 +66,9 @@ def sync(folder: Path, project: str | None = None, entity: str | None = None, ag
             dir=str(folder),
             config=config,
             resume="allow",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+            # W&B itself reads the variable once in the life of a process.
+            mode=os.environ.get("WANDB_MODE") or "online",  # type: ignore[arg-type]
+            settings=quiet_settings(),
         )
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)

@@ -303,8 +303,6 @@ def test_a_truncated_checkpoint_is_replaced_by_the_one_before(overrides, tmp_pat
 
 
 def test_a_worker_that_is_killed_is_one_sentence(overrides, tmp_path, monkeypatch):  # noqa: F811
-    from harmonize.data.images import read_image  # noqa: F401
-
     real = PretrainModule.training_step
 
     def training_step(self, batch, batch_idx):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from harmonize.files import finite, write_json
+from harmonize.files import finite, read_rows, write_json
 
 
 def record(trainer: pl.Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -116,19 +116,6 @@ def json_logger(trainer: pl.Trainer) -> JsonLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, JsonLogger)), None)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
-
-
 class Wandb(WandbLogger):
     """Weights & Biases that never stops a run: the first failure ends the mirroring with a warning.
 
@@ -160,7 +147,7 @@ class Wandb(WandbLogger):
             id=run_id(folder),
             config=dict(config or {}),
             mode=self.mode,
-            settings=_settings(),
+            settings=quiet_settings(),
         )
         self._wandb_init.pop("anonymous", None)  # lightning passes it on; newer W&B warns of it
 
@@ -283,10 +270,10 @@ def has_api_key() -> bool:
     return False
 
 
-def _settings() -> Any:
+def quiet_settings() -> Any:
+    """W&B without words: our own lines say what happens, and console and code are in the run folder already."""
     import wandb
 
-    # Our own lines say what happens; the console and the code are in the run folder already.
     return wandb.Settings(silent=True, init_timeout=60, console="off", disable_git=True, disable_code=True)
 
 

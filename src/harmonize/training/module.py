@@ -99,7 +99,7 @@ class PretrainModule(pl.LightningModule):
         return step % self.log_every_n_steps == 0 or step in (1, self.total_steps)
 
     def setup(self, stage: str) -> None:
-        """Note what is changed for the last epoch."""
+        """Note how often the trainer validates, before the last epoch changes it."""
         self._val_every = self.trainer.check_val_every_n_epoch
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

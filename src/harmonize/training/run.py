@@ -34,7 +34,6 @@ from harmonize.training.compilation import Compilation
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.run_folder import (
     Resume,
-    batch_in_words,
     find_checkpoint,
     finished,
     move_aside,
@@ -43,7 +42,7 @@ from harmonize.training.run_folder import (
     same_groups,
     write_run_folder,
 )
-from harmonize.training.setup import Setup, build, computes_on_gpu, num_ranks, rank
+from harmonize.training.setup import Setup, batch_in_words, build, computes_on_gpu, num_ranks, rank, rate_in_words
 from harmonize.training.signals import Interrupted, exit_code
 from harmonize.training.status import RunStatus
 from harmonize.types import ConfigError, EncoderSpec, FaultError, WorkerError
@@ -269,7 +268,7 @@ def _how(cfg: DictConfig, setup: Setup) -> str:
     else:
         num = torch.get_num_threads()
         hardware = f"the CPU with {num} thread{'s' if num > 1 else ''}"
-    precision, optimizer = setup.precision, cfg.optimizer
+    precision = setup.precision
     chosen = " (the fastest safe one here)" if str(cfg.trainer.precision) == "auto" else ""
     code = ", compiled blocks" if setup.compiled else ""
     where = (
@@ -277,11 +276,10 @@ def _how(cfg: DictConfig, setup: Setup) -> str:
         if setup.data.augments_on_device
         else f"images in {cfg.data.num_workers or 'no'} worker processes"
     )
-    peak = setup.module.optimization.peak_lr
-    rule = f"{optimizer.lr:g} x {cfg.data.batch_size} / {optimizer.lr_batch} = " if optimizer.lr_batch else ""
+    rate = rate_in_words(cfg, setup.module.optimization.peak_lr)
     return (
         f"Computing on {hardware} in {precision}{' bit' * precision.isdigit()}{chosen}{code}; augmenting {where}.\n"
-        f"Batch: {batch_in_words(cfg)}. Learning rate: {rule}{peak:g} at its peak."
+        f"Batch: {batch_in_words(cfg)}. Learning rate: {rate} at its peak."
     )
 
 

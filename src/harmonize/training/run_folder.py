@@ -5,7 +5,6 @@ Every reason for which a run cannot go on in a folder is found before anything i
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -24,10 +23,11 @@ from rich.console import Console
 from torch import nn
 
 from harmonize.config import changed_keys, load_config, save_config
-from harmonize.files import write_json
+from harmonize.files import read_json, write_json
 from harmonize.functional.weight_decay import is_excluded
 from harmonize.training.module import PretrainModule
 from harmonize.training.optim import trained_parameters
+from harmonize.training.setup import batch_in_words
 from harmonize.types import ConfigError
 
 PACKAGES = ("harmonize", "torch", "torchvision", "timm", "lightning", "hydra-core", "torchmetrics", "wandb", "numpy")
@@ -144,20 +144,6 @@ def note_changes(folder: Path, cfg: DictConfig, console: Console) -> None:
         console.print(f"Batch: {batch_in_words(cfg)}; before: {batch_in_words(stored)}.")
 
 
-def batch_in_words(cfg: DictConfig) -> str:
-    """What makes the images of one optimiser step.
-
-    >>> from harmonize.config import compose
-    >>> batch_in_words(compose(["data.batch_size=256", "trainer.devices=2", "trainer.accumulate=4"]))
-    '256 images a step = 2 processes x 4 micro-batches x 32'
-    """
-    processes, accumulate = cfg.trainer.devices * cfg.trainer.num_nodes, cfg.trainer.accumulate
-    each = cfg.data.batch_size // (processes * accumulate)
-    factors = [f"{n} {name}" for n, name in ((processes, "processes"), (accumulate, "micro-batches")) if n > 1]
-    parts = " x ".join([*factors, str(each)])
-    return f"{cfg.data.batch_size} images a step" + (f" = {parts}" if factors else "")
-
-
 def _changes(folder: Path, cfg: DictConfig) -> dict[str, tuple[Any, Any]] | None:
     """What differs from the configuration in the run folder; None where there is none that can be read."""
     try:
@@ -226,9 +212,6 @@ def _git(*arguments: str) -> str | None:
 
 def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The metrics of a run that has reached its end with this very configuration."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        done = metrics["step"] >= metrics["total_steps"]
-    except (OSError, ValueError, KeyError):
-        return None
+    metrics = read_json(folder / "metrics.json")
+    done = {"step", "total_steps"} <= metrics.keys() and metrics["step"] >= metrics["total_steps"]
     return metrics if done and _changes(folder, cfg) == {} and (folder / "checkpoints" / "last.ckpt").exists() else None

@@ -109,6 +109,31 @@ def num_ranks(cfg: DictConfig) -> int:
     return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
+def batch_in_words(cfg: DictConfig) -> str:
+    """What makes the images of one optimiser step.
+
+    >>> from harmonize.config import compose
+    >>> batch_in_words(compose(["data.batch_size=256", "trainer.devices=2", "trainer.accumulate=4"]))
+    '256 images a step = 2 processes x 4 micro-batches x 32'
+    """
+    processes, accumulate = num_ranks(cfg), cfg.trainer.accumulate
+    factors = [f"{n} {name}" for n, name in ((processes, "processes"), (accumulate, "micro-batches")) if n > 1]
+    parts = " x ".join([*factors, str(cfg.data.batch_size // (processes * accumulate))])
+    return f"{cfg.data.batch_size} images a step" + (f" = {parts}" if factors else "")
+
+
+def rate_in_words(cfg: DictConfig, peak: float) -> str:
+    """How the largest learning rate follows from the batch.
+
+    >>> from harmonize.config import compose
+    >>> rate_in_words(compose(["optimizer.lr=1e-4", "optimizer.lr_batch=256", "data.batch_size=512"]), 2e-4)
+    '0.0001 x 512 / 256 = 0.0002'
+    """
+    optimizer = cfg.optimizer
+    rule = f"{optimizer.lr:g} x {cfg.data.batch_size} / {optimizer.lr_batch} = " if optimizer.lr_batch else ""
+    return f"{rule}{peak:g}"
+
+
 def rank() -> int:
     """This process's rank before there is a process group, from the launcher's environment."""
     return getattr(rank_zero_only, "rank", 0)

@@ -35,18 +35,16 @@ class Interrupted(BaseException):
 class StopSignals:
     """Handlers that note a signal, for whoever can save the run, and stop it at once where nothing is to be saved.
 
-    Args:
-        forward: Passes a signal on to the processes that this one has started.
-
     Attributes:
+        forward: Passes a signal on to the processes that this one has started.
         received: The signal that was noted; 0: none.
         between_steps: Whether a signal stops the run at once: while it validates, all finished steps are saved.
     """
 
-    def __init__(self, forward: Callable[[int], Any] | None = None) -> None:
+    def __init__(self) -> None:
         self.received = 0
         self.between_steps = True
-        self._forward = forward
+        self.forward: Callable[[int], Any] | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -71,8 +69,8 @@ class StopSignals:
         if self.received and signum == signal.SIGINT:  # a second Ctrl-C
             raise KeyboardInterrupt
         first, self.received = not self.received, self.received or signum
-        if first and self._forward is not None and signum != signal.SIGINT:  # a terminal sends Ctrl-C to all of them
-            self._forward(signum)
+        if first and self.forward is not None and signum != signal.SIGINT:  # a terminal sends Ctrl-C to all of them
+            self.forward(signum)
         if self.between_steps:
             raise Interrupted(self.received)
         if first:

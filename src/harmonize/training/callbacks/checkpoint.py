@@ -69,8 +69,8 @@ class Checkpoints(Checkpoint):
     """``last.ckpt`` at the end of every epoch, before and after its validation, and ``best.ckpt`` when that improves.
 
     Within an epoch it is saved after so many minutes, and when the run is asked to stop. The one before it is kept as
-    ``previous.ckpt``. A ``Checkpoint`` of Lightning,
-    hence called after all other callbacks: everything measured up to a checkpoint's step has been written before it.
+    ``previous.ckpt``. A ``Checkpoint`` of Lightning, hence called after all other callbacks: everything measured up to
+    a checkpoint's step has been written before it.
 
     Args:
         folder: ``checkpoints/`` of the run folder.
@@ -90,7 +90,7 @@ class Checkpoints(Checkpoint):
         self._seconds = math.inf if minutes is None else 60 * minutes
         self._saved = time.monotonic()
         self._agreement = Agreement()
-        self._signals: StopSignals | None = None
+        self._signals = StopSignals()
 
     @property
     def last(self) -> Path:
@@ -112,19 +112,19 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen to signals, also where there is no sanity check; start the clock."""
-        self._listen(trainer).between_steps = False
+        self._listen(trainer)
+        self._signals.between_steps = False
         self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """Save if it is time, or if a rank was asked to stop."""
         if trainer.fit_loop._should_accumulate():
             return
-        signals = self._listen(trainer)
+        received = self._signals.received
         due = trainer.is_global_zero and time.monotonic() - self._saved > self._seconds
-        wanted = self._agreement.largest(1 + signals.received if signals.received else int(due))
+        wanted = self._agreement.largest(1 + received if received else int(due))
         assert isinstance(module, PretrainModule)
-        ends = trainer.fit_loop.epoch_loop._num_ready_batches_reached() or trainer.global_step >= module.total_steps
-        if ends:
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached() or trainer.global_step >= module.total_steps:
             return  # validation, or the end of the epoch, comes next, and a checkpoint with it
         if wanted:
             self._save(trainer, self.last)
@@ -136,12 +136,13 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking:
             return
         self._save(trainer, self.last)
-        self._stop_or(trainer, between_steps=True)
+        self._signals.between_steps = True
+        self._stop_if_asked()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The end of the epoch is saved as a whole."""
         if not trainer.sanity_checking:
-            self._listen(trainer).between_steps = False
+            self._signals.between_steps = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save the epoch with its validation."""
@@ -153,18 +154,16 @@ class Checkpoints(Checkpoint):
             self._keep_previous()
             _link(best, self.last)
         trainer.strategy.barrier("checkpoint")
-        self._stop_or(trainer, between_steps=False)
+        self._stop_if_asked()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back; other ranks may be gone."""
-        if self._signals is not None:
-            self._signals.restore()
+        self._signals.restore()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Give the signals back, before lightning gives back its own."""
         self._agreement.finish()
-        if self._signals is not None:
-            self._signals.restore()
+        self._signals.restore()
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
         if path == self.last and trainer.is_global_zero:
@@ -177,19 +176,14 @@ class Checkpoints(Checkpoint):
         if self.last.exists():
             _link(self.last, self.last.with_name("previous.ckpt"))
 
-    def _listen(self, trainer: pl.Trainer) -> StopSignals:
-        if self._signals is None:
-            launcher = trainer.strategy.launcher
-            self._signals = StopSignals(getattr(launcher, "kill", None))
+    def _listen(self, trainer: pl.Trainer) -> None:
+        self._signals.forward = getattr(trainer.strategy.launcher, "kill", None)
         self._signals.install()
-        return self._signals
 
-    def _stop_or(self, trainer: pl.Trainer, between_steps: bool) -> None:
-        """Stop if a signal has come, now that everything is saved; else go on."""
-        signals = self._listen(trainer)
-        signals.between_steps = between_steps
-        if signals.received:
-            raise Interrupted(signals.received)
+    def _stop_if_asked(self) -> None:
+        """Stop if a signal has come, now that everything is saved."""
+        if self._signals.received:
+            raise Interrupted(self._signals.received)
 
     def _improved(self, trainer: pl.Trainer) -> bool:
         """Whether the monitored metric has a new value in this epoch, and the best one so far (known on rank 0)."""
@@ -220,9 +214,14 @@ def _link(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        text = f"{target} could not be written ({error.strerror}; {_room(target.parent)}); training goes on."
+        warnings.warn(text, stacklevel=1)

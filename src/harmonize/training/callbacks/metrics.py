@@ -9,10 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from harmonize.functional.distributed import rank, world_size
+from harmonize.functional.distributed import average_, gather, rank, world_size
 from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
 from harmonize.types import Batch, NonFiniteLossError
@@ -35,7 +34,7 @@ class StepMetrics(pl.Callback):
         self._names: list[str] = []
         self._micro: list[dict[str, Tensor | float]] = []
         self._epoch: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of the epoch's values: terms come and go
-        self._first: Tensor | None = None  # of the skipped steps in a row: its number (-1: none), its losses
+        self._first: Tensor | None = None  # of the skipped steps in a row: its number, its losses
         self._batch: Batch | None = None
 
     def on_train_batch_end(
@@ -87,9 +86,7 @@ class StepMetrics(pl.Callback):
         if in_a_row < self.max_skipped or self._first is None:
             return
         first = self._first.clone()
-        if world_size() > 1:
-            dist.all_reduce(first)  # NaN on any rank is NaN
-            first /= world_size()
+        average_([first])  # NaN on any rank is NaN
         step, *values = first.tolist()
         terms = ", ".join(f"{name} = {value:g}" for name, value in zip(self._names, values, strict=True))
         steps = f"step {int(step)}" if in_a_row == 1 else f"{in_a_row} steps in a row, from step {int(step)} on"
@@ -127,12 +124,8 @@ class StepMetrics(pl.Callback):
         if not names:
             return {"epoch": {}}
         rows = torch.stack([torch.stack(self._epoch[name]).double() for name in names])
-        ranks = [torch.empty_like(rows) for _ in range(world_size())]
-        if world_size() > 1:
-            dist.all_gather(ranks, rows)
-        else:
-            ranks = [rows]
-        return {"epoch": {name: torch.stack([r[i] for r in ranks]).cpu() for i, name in enumerate(names)}}
+        ranks = gather(rows.unsqueeze(0)).cpu()
+        return {"epoch": {name: ranks[:, i].clone() for i, name in enumerate(names)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the epoch's sums; another number of ranks shares them out evenly."""
@@ -173,8 +166,6 @@ def _mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) ->
     if not measured:
         return {name: float(value) for name, value in values.items()}
     stacked = torch.stack([value.detach().to(device, torch.float32) for value in measured.values()])
-    if world_size() > 1:
-        dist.all_reduce(stacked)
-        stacked /= world_size()
+    average_([stacked])
     host = dict(zip(measured, stacked.tolist(), strict=True))
     return {name: host[name] if name in host else float(value) for name, value in values.items()}

@@ -14,7 +14,7 @@ from harmonize.evaluation.knn import knn_accuracy
 from harmonize.evaluation.linear_probe import linear_probe_accuracy
 from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
-from harmonize.types import Batch, FeatureSpec, NonFiniteLossError
+from harmonize.types import Batch, ConfigError, FeatureSpec, NonFiniteLossError
 
 
 class OnlineProbe(pl.Callback):
@@ -25,9 +25,6 @@ class OnlineProbe(pl.Callback):
     The validation loop's sanity check runs over the whole validation set before training: its result is the untrained
     network's, and a broken probe fails in the first minute.
 
-    Raises (from a hook):
-        NonFiniteLossError: The features are not finite.
-
     Args:
         train_loader: Labelled training images, clean view, to fit on. The validation loader is the trainer's.
         num_classes: Classes of the data set.
@@ -36,6 +33,9 @@ class OnlineProbe(pl.Callback):
         temperature: Of their votes.
         l2: Penalty of the linear probe.
         more: Further features to collect in the same pass, for other callbacks.
+
+    Raises:
+        NonFiniteLossError: (from a hook) The features are not finite.
 
     Attributes:
         more_features: What was collected of ``more`` at the latest validation: (train, val), one of each per feature.
@@ -86,6 +86,8 @@ class OnlineProbe(pl.Callback):
                 "knn_top1": knn_accuracy(train, val, self.num_classes, self.k, self.temperature),
                 "linear_top1": linear_probe_accuracy(train, val, self.num_classes, self.l2),
             }
+        except ConfigError:  # about the data, not the network
+            raise
         except ValueError as error:
             raise NonFiniteLossError(
                 f"The network has diverged at optimiser step {trainer.global_step}: {error} Try a smaller optimizer.lr "
