@@ -39,7 +39,8 @@ _PACKAGE = Path(__file__).resolve().parent
 # In a wheel conf/ lies inside the package, in a checkout at the root.
 CONF = next((d for d in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if d.is_dir()), _PACKAGE / "conf")
 
-# Keys that change where and how a run is shown, never its result: they do not take part in the name of its folder.
+# Keys that change where and how a run computes and is shown, its result by no more than rounding: they do not take part
+# in the name of its folder.
 NEUTRAL = (
     "run",
     "logger",
@@ -48,6 +49,9 @@ NEUTRAL = (
     "data.augment",
     "data.shard_cache_gb",
     "data.dataset.shard_cache_gb",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "trainer.progress",
     "trainer.save_every_minutes",
     "trainer.max_skipped_steps",

@@ -118,7 +118,9 @@ def _cost(cfg: DictConfig, setup: Setup, tflops: float | None) -> list[tuple[str
     half = 0.5 if setup.precision in ("bf16", "fp16") else 1.0
     trained = sum(p.numel() for p in trained_parameters(module.encoder, module.objective).values())
     everything = sum(p.numel() for p in module.parameters())
-    states = 4 * (everything + 3 * trained)  # weights; gradients and AdamW's two moments
+    states = 4.0 * (everything + 3 * trained)  # weights; gradients and AdamW's two moments
+    if cfg.trainer.strategy == "fsdp":
+        states /= num_ranks(cfg)
     activations = kept * at_once * half
     step = flops * cfg.data.batch_size
     rate = (tflops or rate_here(setup) / 1e12) * 1e12

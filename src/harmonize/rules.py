@@ -282,6 +282,7 @@ VALUES: dict[str, Rule] = {
     "trainer.accelerator": ACCELERATOR,
     "trainer.devices": whole(1),
     "trainer.num_nodes": whole(1),
+    "trainer.strategy": one_of("ddp", "fsdp"),
     "trainer.precision": Rule(one_of(32, "32", "bf16", "fp16", "auto").passes, "32, bf16, fp16 or auto"),
     "trainer.compile": one_of("auto", True, False),
     "trainer.activation_checkpointing": BOOL,
@@ -537,6 +538,19 @@ def enough_for_a_batch(num_train: int | None, batch: int, _: Config) -> str | No
     return None
 
 
+def shards_alone(strategy: str, precision: Any, compile_: Any, images_at_once: int | None) -> str | None:
+    """What has not been seen to work on sharded weights is refused."""
+    if strategy != "fsdp":
+        return None
+    if precision == "fp16":
+        return "trainer.precision must be 32, bf16 or auto with trainer.strategy=fsdp, not fp16"
+    if compile_ is True:
+        return "trainer.compile must be auto or false with trainer.strategy=fsdp, not true"
+    if images_at_once is not None:
+        return f"trainer.images_at_once must be null with trainer.strategy=fsdp, not {show(images_at_once)}"
+    return None
+
+
 def some_length(epochs: int | None, steps: int | None) -> str | None:
     """A run has an end."""
     if epochs is None and steps is None:
@@ -599,6 +613,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (("loss.contrastive.temperature", *BATCH, "loss.lambda"), contrast_needs_two),
     (("data.num_train", "data.batch_size", "trainer"), enough_for_a_batch),
     (("trainer.max_epochs", "trainer.max_steps"), some_length),
+    (tuple(f"trainer.{key}" for key in ("strategy", "precision", "compile", "images_at_once")), shards_alone),
     (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
     (("checkpoint", "names"), one_name_each),
     (("eval._target_", "eval.k"), one_value("eval.k")),

@@ -29,7 +29,11 @@ COMMANDS = {
 CHOICES = [(c, f"{group}={name}") for c, groups in COMMANDS.items() for group in groups for name in GROUPS[group]]
 LOSSES = GROUPS["loss"]
 # What the user has to bring.
-NEEDS = {"data=imagenet100": ["data.class_list=classes.txt"]}
+NEEDS = {
+    "data=imagenet100": ["data.class_list=classes.txt"],
+    "trainer=ddp": ["trainer.devices=2"],
+    "trainer=fsdp": ["trainer.devices=2"],
+}
 
 
 @pytest.fixture(scope="module")

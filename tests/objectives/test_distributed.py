@@ -1,4 +1,4 @@
-"""1 rank == 2 ranks: a step on the whole batch equals one on the split batch, gradients and mixed loss included."""
+"""1 rank == 2 ranks: a step on the whole batch equals one on the split batch: loss, gradients, weights after it."""
 
 import os
 from dataclasses import replace
@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from harmonize.objectives.contrastive import Contrastive
 from harmonize.objectives.hybrid import Hybrid
 from harmonize.objectives.mim import MaskedAutoencoder, MaskedImageModeling
+from harmonize.training.optim import build_optimizer
 from harmonize.types import Progress
 from tests.helpers import random_batch, tiny_encoder
 
@@ -21,14 +22,18 @@ OBJECTIVES = {
     "contrastive": CONTRASTIVE,
     "mim": MaskedImageModeling,
     "mae": MAE,
-    "hybrid": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2),
+    **{
+        f"hybrid {weight}": lambda encoder, weight=weight: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, weight)
+        for weight in (0.0, 0.2, 1.0)
+    },
+    "hybrid mae": lambda encoder: Hybrid(encoder, CONTRASTIVE, MAE, 0.2),
     "shared": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2, share_views=True),
     "in chunks": partial(CONTRASTIVE, images_at_once=2),
 }
 
 
 def step(name, rank=0, world=1):
-    """Loss, gradients and buffers of one micro-batch slice; gradients averaged over ranks as DDP does."""
+    """Loss, gradients (averaged over ranks as DDP does), buffers, and the weights after an optimiser step."""
     encoder = tiny_encoder()
     torch.manual_seed(1)
     objective = OBJECTIVES[name](encoder)
@@ -42,15 +47,22 @@ def step(name, rank=0, world=1):
         index=batch.index[part],
         label=batch.label[part],
     )
+    # Adam magnifies rounding by lr / eps.
+    options = {"lr": 1e-2, "lr_batch": None, "weight_decay": 0.05, "eps": 0.1, "global_batch": 8}
+    optimizer = build_optimizer(encoder, objective, **options).optimizer
     loss = objective(encoder, batch, Progress(0, 1)).loss
     loss.backward()
     state = {"loss": loss.detach().clone()}
-    state |= {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    state |= {f"{n} grad": p.grad for n, p in module.named_parameters() if p.grad is not None}
     if world > 1:
         for value in state.values():
             dist.all_reduce(value)
             value /= world
-    return state | {n: b for n, b in module.named_buffers() if "running" in n}
+    state = {key: value.clone() for key, value in state.items()}
+    optimizer.step()
+    objective.before_step(encoder, Progress(0, 1))
+    buffers = {n: b for n, b in module.named_buffers() if "running" in n}
+    return state | buffers | {n: p.detach() for n, p in module.named_parameters()}
 
 
 def work(rank, folder):

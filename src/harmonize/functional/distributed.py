@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as _differentiable_all_reduce
 
 T = TypeVar("T")
 
@@ -32,9 +31,26 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def whole(x: Tensor) -> Tensor:
+    """The tensor of which ranks hold shares, on every rank, which must all call it; any other tensor is itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, through which the gradient passes (its backward sums the ranks' gradients)."""
-    return x if world_size() == 1 else _differentiable_all_reduce(x)
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _AllReduceSum.forward(_, gradient)
 
 
 def average_(tensors: Sequence[Tensor]) -> None:

@@ -13,6 +13,17 @@ from torch import nn
 from harmonize.types import ConfigError
 
 
+def transformer_blocks(*modules: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of modules, those of momentum copies and decoders included."""
+    return [
+        block
+        for module in modules
+        for name, part in module.named_modules()
+        if name.rpartition(".")[2] == "blocks"
+        for block in part.children()
+    ]
+
+
 def compile_blocks(*modules: nn.Module, **options: Any) -> int:
     """Compile the Transformer blocks of modules in place, momentum copies and decoders included.
 
@@ -27,13 +38,7 @@ def compile_blocks(*modules: nn.Module, **options: Any) -> int:
     Returns:
         How many blocks there are.
     """
-    blocks = [
-        block
-        for module in modules
-        for name, part in module.named_modules()
-        if name.rpartition(".")[2] == "blocks"
-        for block in part.children()
-    ]
+    blocks = transformer_blocks(*modules)
     import torch._dynamo  # takes a second: only where it is used
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

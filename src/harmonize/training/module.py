@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonize.data.batches import RawBatch
+from harmonize.functional.distributed import whole
 from harmonize.functional.schedules import learning_rate
 from harmonize.functional.seeding import mix_int
 from harmonize.training.loggers import json_logger
@@ -151,7 +152,7 @@ class PretrainModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm of the (unscaled) gradient, note what it was before; skip a step that it spoils."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         self.extra["grad_norm"] = norm
         bad = ~norm.isfinite()
         in_a_row, total = self.skipped.to(norm.device)

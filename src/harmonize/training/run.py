@@ -31,6 +31,7 @@ from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.compilation import Compilation
+from harmonize.training.fsdp import FSDPStrategy
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.run_folder import (
     Resume,
@@ -160,9 +161,13 @@ def _fit(
     callbacks: list[pl.Callback] = [Speed()]
     if setup.compiled:
         callbacks.append(Compilation())
-    gradients = GradientNorms(**cfg.callbacks.gradient_norms) if cfg.callbacks.get("gradient_norms") else None
-    if gradients is not None:
-        callbacks.append(gradients)
+    strategy, gradients = _strategy(cfg, module.objective), None
+    if cfg.callbacks.get("gradient_norms"):
+        if isinstance(strategy, FSDPStrategy):
+            console.print("Gradients of single loss terms are not measured with trainer.strategy=fsdp.")
+        else:
+            gradients = GradientNorms(**cfg.callbacks.gradient_norms)
+            callbacks.append(gradients)
     callbacks.append(StepMetrics(cfg.trainer.max_skipped_steps, folder))
     spec: EncoderSpec = module.encoder.spec  # type: ignore[assignment]
     looks_inside = choose_diagnostics(cfg.diagnostics, spec)
@@ -212,7 +217,7 @@ def _fit(
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=_strategy(cfg, module.objective),
+        strategy=strategy,
         precision=PRECISION[setup.precision],
         accumulate_grad_batches=cfg.trainer.accumulate,
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
@@ -227,6 +232,7 @@ def _fit(
         default_root_dir=folder,
         # Operations that have no deterministic kernel warn instead of ending the run.
         deterministic="warn" if cfg.trainer.deterministic else False,
+        inference_mode=not isinstance(strategy, FSDPStrategy),  # its gathered weights live on after a validation
         use_distributed_sampler=False,  # the data module shares out the images
         enable_checkpointing=True,
         enable_progress_bar=False,
@@ -284,9 +290,11 @@ def _how(cfg: DictConfig, setup: Setup) -> str:
 
 
 def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
-    """DDP where there are several processes; a scheduled term that is skipped leaves parameters without a gradient."""
+    """DDP's ``find_unused_parameters``: a scheduled term that is skipped leaves parameters without a gradient."""
     if num_ranks(cfg) == 1:
         return "auto"
+    if cfg.trainer.strategy == "fsdp":
+        return FSDPStrategy()
     return DDPStrategy(find_unused_parameters=bool(getattr(objective, "scheduled", False)))
 
 

@@ -139,9 +139,12 @@ def note_changes(folder: Path, cfg: DictConfig, console: Console) -> None:
     if changes:
         listed = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in changes.items())
         console.print(f"Note: the configuration has changed since this run began ({listed}).")
-    if any(key in changes for key in ("trainer.devices", "trainer.num_nodes", "trainer.accumulate", "data.batch_size")):
-        stored = load_config(folder / "config.yaml")
-        console.print(f"Batch: {batch_in_words(cfg)}; before: {batch_in_words(stored)}.")
+    try:
+        before, now = batch_in_words(load_config(folder / "config.yaml")), batch_in_words(cfg)
+    except Exception:  # see _changes
+        return
+    if before != now:
+        console.print(f"Batch: {now}; before: {before}.")
 
 
 def _changes(folder: Path, cfg: DictConfig) -> dict[str, tuple[Any, Any]] | None:

@@ -48,7 +48,7 @@ def build(cfg: DictConfig) -> Setup:
     """
     on_gpu = computes_on_gpu(cfg)
     precision = choose_precision(cfg)  # refused before anything is built
-    compiled = should_compile(cfg.trainer.compile, on_gpu)
+    compiled = cfg.trainer.strategy != "fsdp" and should_compile(cfg.trainer.compile, on_gpu)
     config = to_plain(cfg)
     torch.manual_seed(mix_int(cfg.seed))
     encoder = instantiate(cfg.backbone)

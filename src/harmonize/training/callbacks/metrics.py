@@ -104,7 +104,7 @@ class StepMetrics(pl.Callback):
         path = self.folder / f"nonfinite_rank{module.global_rank}.pt"
         state = {
             "batch": vars(self._batch),
-            "state_dict": module.state_dict(),
+            "state_dict": module.trainer.strategy.lightning_module_state_dict(),
             "config": module.config,
             "step": module.trainer.global_step - 1,  # steps done before the one that failed
             "total_steps": module.total_steps,
@@ -128,9 +128,9 @@ class StepMetrics(pl.Callback):
         return {"epoch": {name: ranks[:, i].clone() for i, name in enumerate(names)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the epoch's sums; another number of ranks shares them out evenly."""
+        """Go on with the epoch's sums; of another number of ranks each takes the mean, so that a step counts as one."""
         for name, ranks in state_dict["epoch"].items():
-            own = ranks[rank()] if len(ranks) == world_size() else ranks.sum(0) / world_size()
+            own = ranks[rank()] if len(ranks) == world_size() else ranks.mean(0)
             self._epoch[name] = own[0].float(), own[1].float()
 
     def epoch_means(self) -> dict[str, float]:
