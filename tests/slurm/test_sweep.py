@@ -118,24 +118,28 @@ def test_requeued_timed_out_and_cancelled_jobs(cluster, settings, tmp_path):
 
 @needs_slurm
 @pytest.mark.slow
-def test_one_run_on_two_nodes(two_nodes, settings, tmp_path):
-    """Two tasks on each of two nodes; ranks come from SLURM alone."""
-    environment = os.environ | two_nodes.env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    same = [*settings, "trainer.max_steps=6", "backbone.drop_path=0", "optimizer.eps=1e-3"]
+def test_one_run_on_two_nodes_preempted(two_nodes, settings, tmp_path):
+    """One task on each of two nodes, ranks come from SLURM alone; a job of a higher partition takes both away."""
+    environment = os.environ | two_nodes.env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", SECONDS: "0.05"}
+    same = [*settings, "trainer.max_steps=40", "backbone.drop_path=0", "optimizer.eps=1e-3"]
     arguments = [*same, "-m", "seed=0", f"run.root={tmp_path / 'runs'}", "hydra/launcher=slurm"]
     arguments += ["trainer.num_nodes=2", "trainer.devices=1", "hydra.launcher.timeout_min=10"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    (folder,) = (tmp_path / "runs" / "sweeps").glob("*")
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+    (folder,) = until(lambda: list((tmp_path / "runs" / "sweeps").glob("*")), "the sweep's folder")
+    until(lambda: "see them" in (tmp_path / "output.txt").read_text(), "submission")
     (job,) = Sweep.read(folder).jobs
-    assert done.returncode == 0, done.stdout + done.stderr + job.log.read_text()
-    assert "8 images a step = 2 processes x 4" in job.log.read_text()
+    until(lambda: steps(job) >= 10, "training")
+    two_nodes.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "true")
+    process.wait(timeout=300)
+    shown = job.log.read_text()
+    assert process.returncode == 0, (tmp_path / "output.txt").read_text() + shown
+    assert shown.count("Stopped by SIGTERM") == 1
+    assert shown.count("Resuming at step") == 1
+    assert "8 images a step = 2 processes x 4" in shown
+    assert two_nodes.job(job.log.name.partition("_0_log")[0])["Restarts"] == "1"
     assert main(["train", *same, f"run.dir={tmp_path / 'one'}"]) == 0
     import torch
 
