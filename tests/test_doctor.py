@@ -727,7 +727,7 @@ def test_wandb_without_a_key():
 
 
 def test_wandb_offline(monkeypatch):
-    assert "wandb sync sends it later" in the("ok", tracking.wandb(patient("logger=wandb", "logger.mode=offline")))
+    assert "harmonize sync uploads it" in the("ok", tracking.wandb(patient("logger=wandb", "logger.mode=offline")))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert "W&B is disabled: metrics.jsonl has every value." in the("ok", tracking.wandb(patient("logger=wandb")))
 

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from harmonize.training.callbacks import diagnostics as diagnostics_module
 from harmonize.training.loggers import read_rows
@@ -344,3 +347,46 @@ def test_two_processes_stop_at_the_same_step(overrides, tmp_path):  # noqa: F811
     assert process.returncode == 143, output
     assert load(folder / "checkpoints" / "last.ckpt")["global_step"] >= 6
     assert output.count("Stopped by SIGTERM") == 1
+
+
+def test_a_folder_of_everything(tmp_path):
+    """Damaged, empty, huge and mislabelled files are each named once and skipped; every kind of pixel is read."""
+    from tests.training.test_run import TINY
+
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+
+    def noise(size=24, channels=3):
+        return generator.integers(0, 255, (size, size, channels), dtype=np.uint8).squeeze()
+
+    for i in range(8):
+        Image.fromarray(noise()).save(folder / f"plain{i}.png")
+    Image.fromarray(noise(channels=4), "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise(channels=1).astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(noise(channels=4), "RGBA").save(folder / "alpha.webp")
+    frames = [Image.fromarray(noise()) for _ in range(3)]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "moves.webp", save_all=True, append_images=frames[1:])
+    whole = (folder / "plain0.png").read_bytes()
+    damaged = {
+        "cut.png": whole[: len(whole) // 2],
+        "empty.png": b"",
+        "text.jpg": b"no image",
+        "page.png": b"<html></html>",
+        "bitten.jpg": (folder / "cmyk.jpg").read_bytes()[:-300],
+    }
+    for name, content in damaged.items():
+        (folder / name).write_bytes(content)
+    Image.new("1", (20_000, 12_000)).save(folder / "bomb.png")
+    (folder / "notes.txt").write_text("no image, and not taken for one")
+
+    settings = [*TINY, "data=folder", f"data.root={tmp_path / 'images'}", f"run.dir={tmp_path / 'run'}"]
+    settings += ["data.batch_size=4", "trainer.max_epochs=2", "callbacks.probe=null"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = run(*settings)
+    assert metrics["step"] == metrics["total_steps"]
+    skipped = [str(w.message) for w in caught if str(w.message).startswith("skipped")]
+    assert sorted(text.split()[1].rstrip(",").rpartition("/")[2] for text in skipped) == sorted([*damaged, "bomb.png"])
+    assert any("20000 x 12000 px are more than data.max_pixels" in text for text in skipped)

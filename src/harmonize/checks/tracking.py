@@ -14,14 +14,14 @@ def wandb(patient: Patient) -> Iterator[Finding]:
     if cfg.name != "wandb":
         yield ok(f"logger={cfg.name}: metrics go to the run folder, W&B is not used.")
         return
-    nothing_lost = "nothing is lost, metrics.jsonl has every value, and the run logs offline; wandb sync sends it later"
+    nothing_lost = "nothing is lost, metrics.jsonl has every value, and the run logs offline; harmonize sync uploads it"
     import wandb  # noqa: F401 (whether it can be imported is the question)
 
     from harmonize.training.loggers import has_api_key
 
     mode = os.environ.get("WANDB_MODE") or cfg.mode
     if mode not in ("auto", "online"):
-        yield ok(f"W&B is {mode}: metrics.jsonl has every value{'; wandb sync sends it later' * (mode == 'offline')}.")
+        yield ok(f"W&B is {mode}: metrics.jsonl has every value{'; harmonize sync uploads it' * (mode == 'offline')}.")
         return
     if not has_api_key():
         yield warning(
