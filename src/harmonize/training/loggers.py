@@ -161,6 +161,9 @@ class Wandb(WandbLogger):
                 self._give_up(error)
                 return
             warnings.warn(f"W&B cannot be reached ({_short(error)}); logging offline instead.", stacklevel=1)
+            import wandb
+
+            wandb.teardown()  # its service holds on to the run's id
             self.mode = self._wandb_init["mode"] = "offline"
             self.start()
 
@@ -271,10 +274,17 @@ def has_api_key() -> bool:
 
 
 def quiet_settings() -> Any:
-    """W&B without words: our own lines say what happens, and console and code are in the run folder already."""
+    """W&B without words: our own lines say what happens, and console and code are in the run folder already.
+
+    It waits for its server for a minute at the start and five at the end, unless W&B's own variables say otherwise.
+    """
     import wandb
 
-    return wandb.Settings(silent=True, init_timeout=60, console="off", disable_git=True, disable_code=True)
+    options: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True, "disable_code": True}
+    for name, seconds in (("init_timeout", 60), ("finish_timeout", 300), ("finish_timeout_raises", True)):
+        if name in wandb.Settings.model_fields:  # older ones wait for ever at the end
+            options[name] = os.environ.get(f"WANDB_{name.upper()}", seconds)
+    return wandb.Settings(**options)
 
 
 def _short(error: Exception) -> str:
