@@ -13,7 +13,8 @@ FITS := import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2
 PYTHON = $(shell for name in python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	if "$$name" -c "$(FITS)" >/dev/null 2>&1; then echo "$$name"; break; fi; done)
 
-# The tests spread over processes, not over threads: a tiny network gains nothing from a second thread.
+# The tests spread over processes, not over threads: a tiny network gains nothing from a second thread. One process more than
+# cores, since some tests wait (for SLURM, for signals).
 test test-all: export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
@@ -24,10 +25,10 @@ demo: $(INSTALLED) ## Pre-train a small ViT with the hybrid objective on rendere
 	$(RUN) train.py experiment=demo
 
 test: $(INSTALLED) ## Run the tests that take less than a minute each
-	$(RUN) -m pytest -n 2 -m "not slow"
+	$(RUN) -m pytest -n 3 --dist worksteal -m "not slow"
 
 test-all: $(INSTALLED) ## Run every test
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 3 --dist worksteal
 
 lint: $(INSTALLED) ## Check style, formatting and who imports whom
 	$(RUN) -m ruff check .

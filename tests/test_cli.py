@@ -62,7 +62,7 @@ def runs(monkeypatch) -> list:
         (["optimiser=mim"], ["optimiser", "did you mean optimizer?"]),
         (["loss=hybird"], ["contrastive, hybrid, mae, mim", "did you mean hybrid?"]),
         (["data=null"], ["data", "shapes"]),
-        (["trainer=smok"], ["default, smoke", "did you mean smoke?"]),
+        (["trainer=smok"], ["ddp, default, fsdp, smoke", "did you mean smoke?"]),
         (["hydra/launcher=none_such"], ["hydra/launcher", "basic"]),
         (["loss=mim", "loss.lambda=0.2"], ["loss.lambda", "belongs to loss=hybrid, not to loss=mim"]),
         (["loss=mim", "loss.lamda=0.2"], ["loss.lamda", "did you mean loss.lambda (loss=hybrid)?"]),

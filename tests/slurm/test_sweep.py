@@ -22,7 +22,7 @@ from tests.training.test_module import assert_bit_equal
 from tests.training.test_run import TINY, differences, load, rows
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 400
+STEPS = 200
 needs_slurm = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -61,7 +61,7 @@ def steps(job):
 @needs_slurm
 @pytest.mark.slow
 def test_requeued_timed_out_and_cancelled_jobs(cluster, settings, tmp_path):
-    environment = os.environ | cluster.env | {"OMP_NUM_THREADS": "1", SECONDS: "0.015"}
+    environment = os.environ | cluster.env | {"OMP_NUM_THREADS": "1", SECONDS: "0.03"}
     arguments = [*settings, "-m", "seed=0,1,2", f"run.root={tmp_path / 'runs'}", "hydra/launcher=slurm"]
     arguments += ["hydra.launcher.timeout_min=30", "hydra.launcher.signal_delay_s=30"]
     with (tmp_path / "output.txt").open("w") as output:

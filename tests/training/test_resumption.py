@@ -353,8 +353,9 @@ def test_a_folder_of_everything(tmp_path):
     """Damaged, empty, huge and mislabelled files are each named once and skipped; every kind of pixel is read."""
     from tests.training.test_run import TINY
 
-    folder = tmp_path / "images" / "a"
+    folder, other = tmp_path / "images" / "a", tmp_path / "images" / "b"  # two classes: the probes read all of them
     folder.mkdir(parents=True)
+    other.mkdir()
     generator = np.random.default_rng(0)
 
     def noise(size=24, channels=3):
@@ -362,6 +363,7 @@ def test_a_folder_of_everything(tmp_path):
 
     for i in range(8):
         Image.fromarray(noise()).save(folder / f"plain{i}.png")
+        Image.fromarray(noise()).save(other / f"plain{i}.png")
     Image.fromarray(noise(channels=4), "CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(noise(channels=1).astype(np.uint16) * 257).save(folder / "deep.png")
     Image.fromarray(noise(channels=4), "RGBA").save(folder / "alpha.webp")
@@ -382,7 +384,7 @@ def test_a_folder_of_everything(tmp_path):
     (folder / "notes.txt").write_text("no image, and not taken for one")
 
     settings = [*TINY, "data=folder", f"data.root={tmp_path / 'images'}", f"run.dir={tmp_path / 'run'}"]
-    settings += ["data.batch_size=4", "trainer.max_epochs=2", "callbacks.probe=null"]
+    settings += ["data.batch_size=4", "trainer.max_epochs=2"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         metrics = run(*settings)
