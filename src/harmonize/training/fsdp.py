@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harmonize.functional.distributed import whole
+from harmonize.functional.distributed import rank, whole
 from harmonize.training.compilation import transformer_blocks
 from harmonize.training.module import PretrainModule
 
@@ -37,12 +37,12 @@ class FSDPStrategy(DDPStrategy):
         module = self.lightning_module
         assert isinstance(module, PretrainModule)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        whole_ones = dict(module.named_parameters())
+        before = dict(module.named_parameters())
         for block in transformer_blocks(module):
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
         shards = dict(module.named_parameters())
-        of = {id(parameter): shards[name] for name, parameter in whole_ones.items()}
+        of = {id(parameter): shards[name] for name, parameter in before.items()}
         for group in module.optimization.optimizer.param_groups:
             group["params"] = [of[id(parameter)] for parameter in group["params"]]
 
@@ -66,17 +66,13 @@ class FSDPStrategy(DDPStrategy):
         self.model.reshard()  # type: ignore[operator, union-attr]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors, under the names of one process; every rank must call it."""
-        return {name: _on_cpu(value) for name, value in super().lightning_module_state_dict().items()}
+        """Whole tensors on rank 0, under the names of one process; every rank must call it."""
+        return _gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole moments, as of one process; every rank must call it."""
-        state = super().optimizer_state(optimizer)
-        moments = {
-            i: {key: _on_cpu(value) for key, value in entry.items()}
-            for i, entry in state["state"].items()  # type: ignore[attr-defined]
-        }
-        return {**state, "state": moments}
+        """Whole moments on rank 0, as of one process; every rank must call it."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        return {**state, "state": {i: _gathered(entry) for i, entry in state["state"].items()}}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep this rank's share of whole moments."""
@@ -86,8 +82,14 @@ class FSDPStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": moments})
 
 
-def _on_cpu(value: Any) -> Any:
-    return whole(value).cpu() if isinstance(value, DTensor) else value
+def _gathered(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole tensors in the memory of rank 0's processor; the others, who write nothing, keep none of them."""
+    found = {}
+    for name, value in tensors.items():
+        gathered = whole(value) if isinstance(value, DTensor) else value
+        if rank() == 0:
+            found[name] = gathered.cpu() if isinstance(value, DTensor) else gathered
+    return found
 
 
 def _share(entry: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.compilation import Compilation
-from harmonize.training.fsdp import FSDPStrategy
 from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
 from harmonize.training.run_folder import (
     Resume,
@@ -98,7 +97,7 @@ def _pass_on(signum: int, console: Console) -> None:
 
 def _train(cfg: DictConfig, folder: Path, console: Console, status: RunStatus | None) -> dict[str, Any]:
     resume = None if cfg.run.fresh else find_checkpoint(folder)
-    if not computes_on_gpu(cfg):
+    if not computes_on_gpu(cfg) and cfg.trainer.strategy != "fsdp":  # whose gathered blocks would be kept as well
         keep_freed_memory()
     setup = build(cfg)
     module = setup.module
@@ -161,9 +160,9 @@ def _fit(
     callbacks: list[pl.Callback] = [Speed()]
     if setup.compiled:
         callbacks.append(Compilation())
-    strategy, gradients = _strategy(cfg, module.objective), None
+    shards, gradients = cfg.trainer.strategy == "fsdp" and num_ranks(cfg) > 1, None
     if cfg.callbacks.get("gradient_norms"):
-        if isinstance(strategy, FSDPStrategy):
+        if shards:
             console.print("Gradients of single loss terms are not measured with trainer.strategy=fsdp.")
         else:
             gradients = GradientNorms(**cfg.callbacks.gradient_norms)
@@ -217,7 +216,7 @@ def _fit(
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=strategy,
+        strategy=_strategy(cfg, module.objective),
         precision=PRECISION[setup.precision],
         accumulate_grad_batches=cfg.trainer.accumulate,
         max_epochs=-1,  # the module stops at total_steps, in mid-epoch as well
@@ -232,7 +231,7 @@ def _fit(
         default_root_dir=folder,
         # Operations that have no deterministic kernel warn instead of ending the run.
         deterministic="warn" if cfg.trainer.deterministic else False,
-        inference_mode=not isinstance(strategy, FSDPStrategy),  # its gathered weights live on after a validation
+        inference_mode=not shards,  # its gathered weights live on after a validation
         use_distributed_sampler=False,  # the data module shares out the images
         enable_checkpointing=True,
         enable_progress_bar=False,
@@ -294,6 +293,8 @@ def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
     if num_ranks(cfg) == 1:
         return "auto"
     if cfg.trainer.strategy == "fsdp":
+        from harmonize.training.fsdp import FSDPStrategy  # half a second, and only here
+
         return FSDPStrategy()
     return DDPStrategy(find_unused_parameters=bool(getattr(objective, "scheduled", False)))
 
