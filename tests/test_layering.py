@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "replay": ANYTHING,
     "sweeps": {"arguments", "clock", "config", "files", "slurm", "types", "omegaconf", "rich", "torch"},
     "slurm": {"config", "sweeps", "types", "omegaconf", "submitit"},
+    "comparison": {"arguments", "config", "files", "reports", "rules", "sweeps", "types", "rich"},
     "syncing": {"arguments", "config", "files", "training", "types", "rich", "wandb"},
     "config": ANYTHING,
     "cli": ANYTHING,

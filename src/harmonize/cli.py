@@ -42,6 +42,7 @@ commands
 
   plan       what a run would do: steps, batch, learning rate, memory, time, batch script; runs nothing
   sweep      how the jobs of a sweep stand; starts those again that failed
+  compare    runs or a sweep: settings that differ, results over seeds, every diagnostic; as a page, tables and figures
   doctor     what is wrong with this machine, cluster or data set, and what to do
   sync       upload finished or offline runs to Weights & Biases
   shards     write a folder of images as WebDataset shards
@@ -260,6 +261,7 @@ COMMANDS = {
 TOOLS = {
     "plan": "harmonize.plan",
     "sweep": "harmonize.sweeps",
+    "compare": "harmonize.comparison",
     "doctor": "harmonize.doctor",
     "sync": "harmonize.syncing",
     "shards": "harmonize.sharding",

@@ -79,3 +79,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Run folders, which have ``metrics.jsonl``: the folder itself, or those in it."""
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/metrics.jsonl"))

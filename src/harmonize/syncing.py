@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from harmonize.arguments import Parser
 from harmonize.config import load_config, to_plain
-from harmonize.files import read_json, read_rows, write_json
+from harmonize.files import find_runs, read_json, read_rows, write_json
 from harmonize.training.loggers import quiet_settings, run_id
 from harmonize.types import ConfigError, FaultError
 
@@ -33,14 +32,6 @@ def main(arguments: list[str]) -> int:
     for folder in folders:
         console.print(f"{folder}: {sync(folder, options.project, options.entity, options.again)} rows uploaded")
     return 0
-
-
-def find_runs(folder: Path) -> Iterator[Path]:
-    """Run folders: the folder itself, or those in it."""
-    if (folder / "metrics.jsonl").exists():
-        yield folder
-    else:
-        yield from sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
 
 
 def sync(folder: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> int:

@@ -22,6 +22,7 @@ from harmonize.reports.style import (
     colors,
     legend_below,
     new_figure,
+    plain_axes,
     to_png,
     to_svg,
 )
@@ -119,7 +120,7 @@ def _label(row: Row) -> str:
 
 
 def _draw_points(ax: Axes, rows: Sequence[Row], labels: Sequence[str], palette: Mapping[str, str]) -> None:
-    _plain_axes(ax)
+    plain_axes(ax)
     for n, (network, color) in enumerate(palette.items()):
         own = [row for row in rows if row["network"] == network]
         offset = 0.5 * ((n + 0.5) / len(palette) - 0.5)
@@ -144,7 +145,7 @@ def _draw_lines(ax: Axes, rows: Sequence[Row], palette: Mapping[str, str]) -> No
     if axis == "block":
         block_axis(ax, [row["at"] for row in rows])
     else:
-        _plain_axes(ax)
+        plain_axes(ax)
         ax.set_xlabel(AXES.get(axis, str(axis)), fontsize=LARGE)
         if axis == "learning_rate":
             ax.set_xscale("log")
@@ -164,13 +165,6 @@ def _draw_lines(ax: Axes, rows: Sequence[Row], palette: Mapping[str, str]) -> No
                 ax.errorbar([row["at"] for row in own], _percent(own), _errors(own), label=label, color=color, **style)
     ax.set_ylabel("%", fontsize=LARGE)
     ax.set_title(METRICS.get(metric, str(metric)), fontsize=LARGE, loc="left")
-
-
-def _plain_axes(ax: Axes) -> None:
-    ax.tick_params(labelsize=SMALL)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="both", color="#e8e8e8", linewidth=0.6)
-    ax.set_axisbelow(True)
 
 
 def _percent(rows: Sequence[Row]) -> list[float]:

@@ -88,7 +88,14 @@ class Card:
     table: str
 
 
-def write_report(folder: Path, networks: list[Network], heading: str, command: str) -> None:
+def write_report(
+    folder: Path,
+    networks: list[Network],
+    heading: str,
+    command: str,
+    overview: str = "",
+    spread: str = "standard error over the images",
+) -> None:
     """Write ``report.html``, ``diagnostics.json``, ``diagnostics.csv`` and ``figures/`` into a folder.
 
     All networks are drawn into the same axes, over block numbers, so they may differ in depth.
@@ -98,6 +105,8 @@ def write_report(folder: Path, networks: list[Network], heading: str, command: s
         networks: At least one.
         heading: Of the page.
         command: The command that made the report, which repeats it.
+        overview: HTML that stands before the figures.
+        spread: What the bands of the curves are one of.
 
     Raises:
         ValueError: If there is no network or two of them share a name.
@@ -124,7 +133,7 @@ def write_report(folder: Path, networks: list[Network], heading: str, command: s
     content = {"format": 1, "harmonize": __version__, "command": command, "networks": plain}
     write_whole(folder / "diagnostics.json", (json.dumps(content, allow_nan=False) + "\n").encode())
     write_csv(folder / "diagnostics.csv", found | {f"{name} (untrained)": f for name, f in untrained.items()})
-    write_whole(folder / "report.html", _page(networks, cards, heading, command).encode())
+    write_whole(folder / "report.html", _page(networks, cards, heading, command, overview, spread).encode())
 
 
 def slug(text: str) -> str:
@@ -144,7 +153,7 @@ def _curve_cards(
         figure = depth_figure(name, found, untrained, references)
         curves = [f.curves[key] for key in (name, name + ATTENTION) for f in found.values() if key in f.curves]
         quantities = list(dict.fromkeys(curve.quantity for curve in curves))
-        plot = _inline_svg(_save(folder, name, figure), f"{slug(name)}-", quantities[0].title)
+        plot = inline_svg(save_figure(folder, name, figure), f"{slug(name)}-", quantities[0].title)
         yield Card(quantities, name, "", "", plot, _depth_table(name, found, untrained, references))
 
 
@@ -156,10 +165,10 @@ def _surface_cards(folder: Path, found: Mapping[str, Findings]) -> Iterator[Card
             continue
         file = f"{name}_surface"  # a curve may have the same name
         quantity = next(iter(surfaces.values())).quantity
-        svg = _save(folder, file, surface_figure(name, surfaces))
+        svg = save_figure(folder, file, surface_figure(name, surfaces))
         note = "all pairs of blocks" if is_heat_map(name, surfaces) else ""
         tables = "".join(_surface_table(label, surface) for label, surface in surfaces.items())
-        yield Card([quantity], file, "", note, _inline_svg(svg, f"{slug(file)}-", quantity.title), tables)
+        yield Card([quantity], file, "", note, inline_svg(svg, f"{slug(file)}-", quantity.title), tables)
 
 
 def _picture_cards(folder: Path, found: Mapping[str, Findings]) -> Iterator[Card]:
@@ -174,7 +183,7 @@ def _picture_cards(folder: Path, found: Mapping[str, Findings]) -> Iterator[Card
             picture = findings.pictures[name]
             file = f"{name}_{slugs[label]}"
             figure = draw(picture)
-            _save(folder, file, figure)
+            save_figure(folder, file, figure)
             data = base64.b64encode((folder / f"{file}.png").read_bytes()).decode()
             text = escape(f"{picture.quantity.title}, {label}")
             width, height = (round(inches * 100) for inches in figure.get_size_inches())
@@ -182,7 +191,7 @@ def _picture_cards(folder: Path, found: Mapping[str, Findings]) -> Iterator[Card
             yield Card([picture.quantity], file, name, label, plot, "")
 
 
-def _save(folder: Path, name: str, figure: Figure) -> str:
+def save_figure(folder: Path, name: str, figure: Figure) -> str:
     """Write a figure as PNG and SVG; the SVG's text."""
     svg = to_svg(figure)
     figure.set_layout_engine("none")  # the layout just found is kept; finding it takes half of the time
@@ -191,7 +200,7 @@ def _save(folder: Path, name: str, figure: Figure) -> str:
     return svg
 
 
-def _inline_svg(svg: str, prefix: str, title: str) -> str:
+def inline_svg(svg: str, prefix: str, title: str) -> str:
     """An SVG to stand inside a page: its ids are prefixed, since matplotlib gives every figure the same ones."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -216,9 +225,9 @@ def _depth_table(
     for label, findings in found.items():
         for text, one in ((label, findings), (f"{label}, untrained", untrained.get(label))):
             if points := depth_points(one, name):
-                columns[text] = {x: _number(value, error) for x, value, error in points}
+                columns[text] = {x: number(value, error) for x, value, error in points}
     uniform = {
-        label: {float(x): _number(value) for x, value in zip(curve.layer, curve.uniform, strict=True)}
+        label: {float(x): number(value) for x, value in zip(curve.layer, curve.uniform, strict=True)}
         for label, findings in found.items()
         if (curve := findings.curves.get(name)) and curve.uniform
     }
@@ -227,13 +236,13 @@ def _depth_table(
     else:
         columns |= {f"{label}, uniform attention": column for label, column in uniform.items()}
     for reference in references:
-        columns[str(reference)] = {x: _number(v) for x, v in zip(reference.layer, reference.value, strict=True)}
+        columns[str(reference)] = {x: number(v) for x, v in zip(reference.layer, reference.value, strict=True)}
     blocks = sorted({block for column in columns.values() for block in column})
     half = {block: f"{block + 0.5:g}, self-attention" for block in blocks if block % 1}
     rows = [
         [half.get(block, f"{block:g}"), *(column.get(block, "") for column in columns.values())] for block in blocks
     ]
-    return _table(["block", *columns], rows)
+    return table(["block", *columns], rows)
 
 
 def _surface_table(label: str, surface: Surface) -> str:
@@ -245,13 +254,13 @@ def _surface_table(label: str, surface: Surface) -> str:
     rows = []
     for i, layer in enumerate(surface.layer):
         errors = surface.error[i] if surface.error else [math.nan] * count
-        rows.append([f"{layer:g}", *(_number(surface.value[i][j], errors[j]) for j in shown)])
+        rows.append([f"{layer:g}", *(number(surface.value[i][j], errors[j]) for j in shown)])
     column = surface.column.replace("/ pi", "/ π")
     some = "" if len(shown) == count else f", {len(shown)} of {count}; all of them are in diagnostics.csv"
-    return f"<p>{escape(label)}. Across: {escape(column)}{some}.</p>" + _table(head, rows)
+    return f"<p>{escape(label)}. Across: {escape(column)}{some}.</p>" + table(head, rows)
 
 
-def _number(value: float, error: float = math.nan) -> str:
+def number(value: float, error: float = math.nan) -> str:
     """Value and standard error, with as many digits as the error leaves meaning; a dash for what cannot be had."""
     if not math.isfinite(value):
         return "–"
@@ -261,7 +270,8 @@ def _number(value: float, error: float = math.nan) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself; the first cell of a row is its heading."""
     lines = ["<tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr>"]
     for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
@@ -269,7 +279,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def _page(networks: Sequence[Network], cards: Sequence[Card], heading: str, command: str) -> str:
+def _page(
+    networks: Sequence[Network], cards: Sequence[Card], heading: str, command: str, overview: str, spread: str
+) -> str:
     sections: dict[str, list[Card]] = {}
     for card in sorted(cards, key=lambda card: _place(card.quantities[0].figure)):
         sections.setdefault(card.quantities[0].figure or BEYOND, []).append(card)
@@ -293,8 +305,9 @@ def _page(networks: Sequence[Network], cards: Sequence[Card], heading: str, comm
 <h1>{escape(heading)}</h1>
 {_warnings(networks)}
 {_network_table(networks)}
+{overview}
 <h2>How to read it</h2>
-{_how_to_read(networks)}
+{_how_to_read(networks, spread)}
 <nav aria-label="Contents"><h2>Contents</h2>
 <ul>
 {contents}
@@ -369,15 +382,12 @@ def _network_table(networks: Sequence[Network]) -> str:
         )
     keys = dict.fromkeys(key for one in known for key in one)
     rows_ = [[key, *(one.get(key, "–") for one in known)] for key in keys]
-    return f'<div class="networks">{_table(["", *(network.name for network in networks)], rows_)}</div>'
+    return f'<div class="networks">{table(["", *(network.name for network in networks)], rows_)}</div>'
 
 
-def _how_to_read(networks: Sequence[Network]) -> str:
+def _how_to_read(networks: Sequence[Network], spread: str) -> str:
     curves = [curve for network in networks for curve in network.findings.curves.values()]
-    lines = [
-        "Curves run over the blocks of the encoder; 0 is the input of the first. The band is one standard error over "
-        "the images."
-    ]
+    lines = [f"Curves run over the blocks of the encoder; 0 is the input of the first. The band is one {spread}."]
     if any(curve.uniform for curve in curves):
         lines.append("Dashed: what uniform attention, which looks everywhere alike, would give.")
     if any(network.untrained for network in networks):

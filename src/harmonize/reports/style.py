@@ -59,6 +59,14 @@ def block_axis(axes: Axes, layers: Sequence[float]) -> None:
     axes.set_axisbelow(True)
 
 
+def plain_axes(axes: Axes) -> None:
+    """Small numbers, a pale grid, no frame above and on the right."""
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="#e8e8e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
 def legend_below(figure: Figure, width: float = WIDTH) -> None:
     """One legend of all axes, below them, where it hides nothing; the figure grows by its height."""
     entries: dict[str, Artist] = {}
