@@ -231,7 +231,7 @@ def _summary(name: str, runs: Sequence[Run], patterns: Sequence[str]) -> Group:
         {key: Cell([run.metrics[key] for run in runs if key in run.metrics]) for key in keys},
         runs[0].spec,
         [run.series.get("train/lambda", []) for run in runs],
-        average([run.trained for run in runs]),
+        average([run.trained for run in runs if run.trained.curves]),
         average([run.untrained for run in runs if run.untrained is not None]),
     )
 

@@ -132,6 +132,13 @@ def is_weight(value: Any) -> bool:
     )
 
 
+WEIGHT = Rule(
+    is_weight,
+    "a number in [0, 1] or a schedule of such, as in {schedule: linear, start: 0, end: 1} (linear or cosine) "
+    "or {schedule: step, start: 0, end: 1, at: 0.5}",
+)
+
+
 def span(each: Rule) -> Rule:
     """A list of the lowest and the highest value."""
     pair = list_of(each, 2)
@@ -211,11 +218,8 @@ VALUES: dict[str, Rule] = {
     "backbone.class_token": BOOL,
     "backbone.freeze_patch_embed": BOOL,
     "backbone.initialization": one_of("timm", "moco_v3", "simmim", "mae"),
-    "loss.lambda": Rule(
-        is_weight,
-        "a number in [0, 1] or a schedule of such, as in {schedule: linear, start: 0, end: 1} (linear or cosine) "
-        "or {schedule: step, start: 0, end: 1, at: 0.5}",
-    ),
+    "loss.lambda": WEIGHT,
+    "loss.lambda_by_depth": WEIGHT | NULL,
     "loss.mim_view": one_of("own", "contrastive"),
     "loss.contrastive_input": one_of("clean", "masked"),
     "loss.share_views": BOOL,
@@ -538,6 +542,19 @@ def enough_for_a_batch(num_train: int | None, batch: int, _: Config) -> str | No
     return None
 
 
+def depth_has_two_losses(by_depth: Any, weight: Any, share_views: bool, strategy: str) -> str | None:
+    """A weight for each depth takes two losses, each with a pass and with weights of its own."""
+    if by_depth is None:
+        return None
+    if not is_number(weight) or not 0 < weight < 1:
+        return f"loss.lambda must be a number in (0, 1) with loss.lambda_by_depth, not {show(weight)}"
+    if share_views:
+        return "loss.share_views must be false with loss.lambda_by_depth, not true"
+    if strategy == "fsdp":
+        return "trainer.strategy must be ddp with loss.lambda_by_depth, not fsdp"
+    return None
+
+
 def shards_alone(strategy: str, precision: Any, compile_: Any, images_at_once: int | None) -> str | None:
     """What has not been seen to work on sharded weights is refused."""
     if strategy != "fsdp":
@@ -613,6 +630,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (("loss.contrastive.temperature", *BATCH, "loss.lambda"), contrast_needs_two),
     (("data.num_train", "data.batch_size", "trainer"), enough_for_a_batch),
     (("trainer.max_epochs", "trainer.max_steps"), some_length),
+    (("loss.lambda_by_depth", "loss.lambda", "loss.share_views", "trainer.strategy"), depth_has_two_losses),
     (tuple(f"trainer.{key}" for key in ("strategy", "precision", "compile", "images_at_once")), shards_alone),
     (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
     (("checkpoint", "names"), one_name_each),

@@ -18,6 +18,7 @@ from tests.helpers import random_batch, tiny_encoder
 
 CONTRASTIVE = partial(Contrastive, hidden_dim=16, out_dim=8)
 MAE = partial(MaskedAutoencoder, decoder_width=16, decoder_depth=1, decoder_heads=2)
+BY_DEPTH = {"schedule": "linear", "start": 0.1, "end": 0.5}
 OBJECTIVES = {
     "contrastive": CONTRASTIVE,
     "mim": MaskedImageModeling,
@@ -27,6 +28,7 @@ OBJECTIVES = {
         for weight in (0.0, 0.2, 1.0)
     },
     "hybrid mae": lambda encoder: Hybrid(encoder, CONTRASTIVE, MAE, 0.2),
+    "by depth": lambda encoder: Hybrid(encoder, CONTRASTIVE, MAE, 0.2, lambda_by_depth=BY_DEPTH),
     "shared": lambda encoder: Hybrid(encoder, CONTRASTIVE, MaskedImageModeling, 0.2, share_views=True),
     "in chunks": partial(CONTRASTIVE, images_at_once=2),
 }

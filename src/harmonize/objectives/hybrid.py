@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from harmonize.functional.schedules import weight_schedule
 from harmonize.functional.seeding import mix
 from harmonize.objectives.chunks import in_chunks
 from harmonize.objectives.contrastive import Contrastive
+from harmonize.objectives.depth import ScaledByDepth
 from harmonize.objectives.mim import MaskedPrediction
 from harmonize.types import Batch, Encoder, ObjectiveOutput, Progress
 
@@ -31,6 +33,9 @@ class Hybrid(nn.Module):
         mim_view: ``own``: the MIM objective's own recipe; ``contrastive``: the first contrastive view.
         contrastive_input: ``clean``: queries see whole views; ``masked``: they see views masked as in MIM (keys
             always see whole views).
+        lambda_by_depth: Weights of the contrastive loss over the depth of the encoder, a schedule whose start is at the
+            first block and whose end at the last; heads, decoder and the loss that is logged keep ``lambda_``, which
+            must then be a number within (0, 1). None: ``lambda_`` for all blocks.
         share_views: Encode the masked view once for both parts: it is the first contrastive view, and its tokens make
             both the reconstruction and the first query. Where only one part has a weight there is nothing to share.
 
@@ -47,13 +52,19 @@ class Hybrid(nn.Module):
         mim_view: str = "own",
         contrastive_input: str = "clean",
         share_views: bool = False,
+        lambda_by_depth: float | Mapping[str, float | str] | None = None,
     ) -> None:
         super().__init__()
         if mim_view not in ("own", "contrastive"):
             raise ValueError(f"mim_view={mim_view} must be one of own, contrastive")
         if contrastive_input not in ("clean", "masked"):
             raise ValueError(f"contrastive_input={contrastive_input} must be one of clean, masked")
+        if lambda_by_depth is not None and (isinstance(lambda_, Mapping) or not 0 < lambda_ < 1):
+            raise ValueError(f"lambda={lambda_} must be a number between 0 and 1 with lambda_by_depth, both excluded")
+        if lambda_by_depth is not None and share_views:
+            raise ValueError("lambda_by_depth needs share_views=false: one pass has one gradient for both losses")
         self.weight = weight_schedule(lambda_)
+        self.weight_by_depth = None if lambda_by_depth is None else weight_schedule(lambda_by_depth)
         self.share_views = share_views
         self.one_view = share_views or mim_view == "contrastive"
         self.mask_contrastive = contrastive_input == "masked"
@@ -89,14 +100,15 @@ class Hybrid(nn.Module):
             parts = [(1 - weight, mim), (weight, contrastive)]
         else:
             parts = []
+            for_mim, for_contrastive = self._by_depth(encoder, weight)
             if weight < 1:
                 assert self.mim is not None
                 mim_batch = replace(batch, views={"mim": batch.views["contrastive"][:1]}) if self.one_view else batch
-                parts.append((1 - weight, self.mim(encoder, mim_batch, progress)))
+                parts.append((1 - weight, self.mim(for_mim, mim_batch, progress)))
             if weight > 0:
                 assert self.contrastive is not None
-                features = self._masked_features(encoder, batch) if self.mask_contrastive else None
-                parts.append((weight, self.contrastive(encoder, batch, progress, features)))
+                features = self._masked_features(for_contrastive, batch) if self.mask_contrastive else None
+                parts.append((weight, self.contrastive(for_contrastive, batch, progress, features)))
         loss = torch.stack([share * output.loss for share, output in parts]).sum()
         terms: dict[str, Tensor] = {}
         stats: dict[str, Tensor | float] = {"lambda": weight}
@@ -104,6 +116,17 @@ class Hybrid(nn.Module):
             terms |= output.terms
             stats |= output.stats
         return ObjectiveOutput(loss=loss, terms=terms, stats=stats)
+
+    def _by_depth(self, encoder: Encoder, weight: float) -> tuple[Encoder, Encoder]:
+        """The encoder as the MIM and as the contrastive part see it: with the depth's weight in place of ``weight``."""
+        at = self.weight_by_depth
+        if at is None:
+            return encoder, encoder
+        scaled: tuple[Any, Any] = (
+            ScaledByDepth(encoder, lambda share: (1 - at(share)) / (1 - weight)),
+            ScaledByDepth(encoder, lambda share: at(share) / weight),
+        )
+        return scaled
 
     def _share(self, encoder: Encoder, batch: Batch, progress: Progress) -> tuple[ObjectiveOutput, ObjectiveOutput]:
         """Both parts' outputs; the first contrastive view is encoded once, under MIM's mask."""

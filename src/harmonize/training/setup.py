@@ -48,7 +48,8 @@ def build(cfg: DictConfig) -> Setup:
     """
     on_gpu = computes_on_gpu(cfg)
     precision = choose_precision(cfg)  # refused before anything is built
-    compiled = cfg.trainer.strategy != "fsdp" and should_compile(cfg.trainer.compile, on_gpu)
+    as_written = cfg.trainer.strategy == "fsdp" or cfg.loss.get("lambda_by_depth") is not None
+    compiled = not as_written and should_compile(cfg.trainer.compile, on_gpu)
     config = to_plain(cfg)
     torch.manual_seed(mix_int(cfg.seed))
     encoder = instantiate(cfg.backbone)

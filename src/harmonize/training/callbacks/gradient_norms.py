@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harmonize.functional.distributed import world_size
+from harmonize.functional.layers import layer_of
 from harmonize.functional.statistics import mean_and_error
 from harmonize.training.loggers import record
 from harmonize.training.module import PretrainModule
@@ -80,7 +80,7 @@ class GradientNorms(pl.Callback):
         if set(gradients) == {"contrastive", "mim"}:
             cl, mim = gradients["contrastive"], gradients["mim"]
             module.extra["grad_cosine"] = torch.nn.functional.cosine_similarity(cl, mim, dim=0)
-            self._layers = sorted({layer for name in parameters if (layer := _layer(name)) is not None})
+            self._layers = sorted({layer for name in parameters if (layer := layer_of(name)) is not None})
             rows = _by_layer(parameters, cl, mim)[:, self._layers].double().cpu()
             self._rows.append(rows)
             record(
@@ -109,11 +109,11 @@ class GradientNorms(pl.Callback):
 
 def _by_layer(parameters: dict[str, nn.Parameter], cl: Tensor, mim: Tensor) -> Tensor:
     """Cosine and norm ratio (2, 1 + depth) of two flat gradients, block by block; the final norm takes no part."""
-    layer_of = [_layer(name) for name in parameters]
-    depth = max((layer for layer in layer_of if layer is not None), default=0)
+    layers = [layer_of(name) for name in parameters]
+    depth = max((layer for layer in layers if layer is not None), default=0)
     products = cl.new_zeros(3, depth + 1)  # <cl, mim>, |cl|^2, |mim|^2
     start = 0
-    for parameter, layer in zip(parameters.values(), layer_of, strict=True):
+    for parameter, layer in zip(parameters.values(), layers, strict=True):
         stop = start + parameter.numel()
         a, b = cl[start:stop], mim[start:stop]
         start = stop
@@ -121,17 +121,6 @@ def _by_layer(parameters: dict[str, nn.Parameter], cl: Tensor, mim: Tensor) -> T
             products[:, layer] += torch.stack([a @ b, a @ a, b @ b])
     dot, cl_squared, mim_squared = products
     return torch.stack([dot / (cl_squared * mim_squared).sqrt(), (cl_squared / mim_squared).sqrt()])
-
-
-def _layer(name: str) -> int | None:
-    """Block of an encoder's parameter, 0 for what comes before the first, None for what comes after the last.
-
-    >>> _layer("blocks.3.attn.qkv.weight"), _layer("patch_embed.proj.bias"), _layer("norm.weight")
-    (4, 0, None)
-    """
-    if found := re.match(r"blocks\.(\d+)\.", name):
-        return int(found[1]) + 1
-    return None if name.startswith("norm.") else 0
 
 
 def _flat_gradient(term: Tensor, parameters: list[torch.nn.Parameter], scale: float) -> Tensor:
