@@ -233,14 +233,19 @@ def test_a_failure_is_one_warning_and_training_goes_on(tmp_path, monkeypatch):
 def test_an_offline_run_that_cannot_start_is_given_up(tmp_path, monkeypatch):
     import wandb
 
+    calls = []
+
     def init(**_):
+        calls.append(1)
         raise RuntimeError("no service")
 
     monkeypatch.setattr(wandb, "init", init)
     logger = Wandb(tmp_path)
     with pytest.warns(UserWarning, match="no service.*training goes on"):
         logger.start()
+    assert hasattr(logger, "experiment")  # as lightning asks
     logger.log_metrics({"x": 1.0}, 1)
+    assert len(calls) == 1
     logger.finish()
 
 

@@ -14,7 +14,8 @@ def online(monkeypatch):
     """online(url): what W&B's client in child processes goes by."""
 
     def set_up(url):
-        monkeypatch.delenv("WANDB_MODE", raising=False)
+        for variable in ("WANDB_MODE", "WANDB_SERVICE"):  # the latter is the client of this process, if it has one
+            monkeypatch.delenv(variable, raising=False)
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")

@@ -151,6 +151,11 @@ class Wandb(WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # lightning passes it on; newer W&B warns of it
 
+    @property
+    def experiment(self) -> Any:
+        """The W&B run; None once W&B has failed: lightning asks for it as well, and must not try again."""
+        return None if self.failed else super().experiment
+
     @rank_zero_only
     def start(self) -> None:
         """Open the W&B run now, so that a failure shows at the start; without a server go on offline."""
