@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harmonize.functional.distributed import rank, whole
+from harmonize.functional.distributed import whole
 from harmonize.training.compilation import transformer_blocks
 from harmonize.training.module import PretrainModule
 
@@ -50,9 +50,9 @@ class FSDPStrategy(DDPStrategy):
         """By way of the module's ``__call__``, where ``fully_shard`` listens."""
         return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)  # type: ignore[arg-type]
 
-    def on_train_start(self) -> None:
-        """A validation before the first step, if there was one, is over."""
-        self._reshard()
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The same: blocks that run before the module has run as a whole would take themselves for the whole."""
+        return self._forward_redirection(self.model, self.lightning_module, "validation_step", *args, **kwargs)  # type: ignore[arg-type]
 
     def on_validation_start(self) -> None:
         """Put the weights outside of blocks together."""
@@ -60,19 +60,21 @@ class FSDPStrategy(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Take them apart."""
-        self._reshard()
-
-    def _reshard(self) -> None:
         self.model.reshard()  # type: ignore[operator, union-attr]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0, under the names of one process; every rank must call it."""
-        return _gathered(super().lightning_module_state_dict())
+        """Whole tensors, under the names of one process; every rank must call it, and may want to keep them."""
+        return {name: _on_cpu(value) for name, value in super().lightning_module_state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole moments on rank 0, as of one process; every rank must call it."""
+        """Whole moments, as of one process, on rank 0, which alone writes them; every rank must call it."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
-        return {**state, "state": {i: _gathered(entry) for i, entry in state["state"].items()}}
+        moments: dict[int, dict[str, Any]] = {}
+        for i, entry in state["state"].items():
+            found = {key: _on_cpu(value) for key, value in entry.items()}
+            if self.is_global_zero:
+                moments[i] = found
+        return {**state, "state": moments}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep this rank's share of whole moments."""
@@ -82,14 +84,8 @@ class FSDPStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": moments})
 
 
-def _gathered(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole tensors in the memory of rank 0's processor; the others, who write nothing, keep none of them."""
-    found = {}
-    for name, value in tensors.items():
-        gathered = whole(value) if isinstance(value, DTensor) else value
-        if rank() == 0:
-            found[name] = gathered.cpu() if isinstance(value, DTensor) else gathered
-    return found
+def _on_cpu(value: Any) -> Any:
+    return whole(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _share(entry: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
