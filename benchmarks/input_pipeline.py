@@ -35,7 +35,7 @@ from benchmarks.common import Report, Row, devices, interleave, own_cache, parse
 from harmonize.config import compose, instantiate
 from harmonize.data.batches import RawBatch
 from harmonize.data.module import DataModule
-from harmonize.training.loggers import read_rows
+from harmonize.files import read_rows
 from harmonize.training.run import train
 from harmonize.types import IMAGE_MEAN, IMAGE_STD
 

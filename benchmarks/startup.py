@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.common import ROOT, Report, Row, interleave, own_cache, parser, quietly, row
 from harmonize.config import compose
+from harmonize.files import read_rows
 from harmonize.networks import load_network
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO
-from harmonize.training.loggers import read_rows
 from harmonize.training.run import train
 
 GOAL = 1.0  # answers come no later than torch could have been imported

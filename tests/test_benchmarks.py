@@ -20,7 +20,7 @@ BENCHMARKS = {
     "diagnostics": [],
     "evaluation": [],
     "startup": [],
-    "growth": ["--sweeps", "batch"],
+    "growth": ["--sweeps", "batch", "diagnostics"],
 }
 
 
@@ -62,7 +62,7 @@ def test_benchmark(name, tmp_path):
         check_row(row)
     assert len({row["name"] for row in rows}) == len(rows)
     if name == "growth":
-        assert {path.stem for path in tmp_path.glob("*.png")} == {"batch"}
+        assert {path.stem for path in tmp_path.glob("*.png")} == {"batch", "diagnostics"}
 
 
 def test_every_benchmark_is_tested_explained_and_run_by_make():

@@ -7,9 +7,10 @@ import torch
 
 from harmonize.cli import main
 from harmonize.config import compose
+from harmonize.files import read_rows
 from harmonize.plan import measure
 from harmonize.syncing import sync
-from harmonize.training.loggers import read_rows, run_id
+from harmonize.training.loggers import run_id
 from harmonize.training.setup import build
 from harmonize.types import FaultError
 from tests.training.test_loggers import finished_records

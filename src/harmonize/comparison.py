@@ -22,8 +22,8 @@ from rich.table import Table
 from harmonize.arguments import Parser
 from harmonize.config import changed_keys, instantiate, load_config
 from harmonize.files import digest, find_runs, read_json, read_rows
-from harmonize.reports.comparison import Cell, Group, write_comparison
-from harmonize.reports.files import from_plain
+from harmonize.reports.comparison import Cell, Group, metric_rows, write_comparison
+from harmonize.reports.files import read_ends
 from harmonize.rules import is_number, show
 from harmonize.sweeps import Sweep
 from harmonize.types import ConfigError, Curve, EncoderSpec, Findings, Surface
@@ -43,8 +43,9 @@ class Run:
         settings: Dotted key -> value, of all that can change the result.
         metrics: The latest value of every metric, and ``hours`` of training at the median rate.
         series: Metric -> (step, value) of every row.
-        trained: The diagnostics of the last epoch that has any.
-        untrained: Those before the first step.
+        total_steps: Of the whole run, if it has said so.
+        untrained: The diagnostics before the first step.
+        trained: Those of the last epoch that has any.
     """
 
     folder: Path
@@ -53,8 +54,9 @@ class Run:
     settings: dict[str, Any]
     metrics: dict[str, float]
     series: dict[str, list[tuple[int, float]]]
-    trained: Findings
+    total_steps: int | None
     untrained: Findings | None
+    trained: Findings | None
 
 
 def main(arguments: list[str]) -> int:
@@ -76,10 +78,8 @@ def main(arguments: list[str]) -> int:
     runs = [read_run(folder) for folder in folders]
     for folder in options.evaluations:
         _add_evaluations(runs, folder)
-    members = group(runs)
-    numbers = _one_number(members)
-    if numbers is not None:
-        members = [some for _, some in sorted(zip(numbers[1], members, strict=True), key=lambda pair: pair[0])]
+    members = _in_order(group(runs))
+    differences = differing([some[0].settings for some in members])
     names = options.names or labels([some[0] for some in members])
     if len(names) != len(members):
         raise ConfigError(f"--names must be {len(members)} names, one for each group of runs, not {len(names)}.")
@@ -87,26 +87,25 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--names must differ from each other; {repeated[0]} stands there twice.")
     patterns = [*options.metrics, "evaluate/*"]
     groups = [_summary(name, some, patterns) for name, some in zip(names, members, strict=True)]
-    differences = differing([some[0].settings for some in members])
     _print_table(groups, console)
     for run in runs:
-        if run.metrics["step"] < run.metrics.get("total_steps", 0):
-            console.print(
-                f"Note: {run.folder} is at step {run.metrics['step']:.0f} of {run.metrics['total_steps']:.0f}."
-            )
+        step = run.series["step"][-1][1]
+        if run.total_steps is not None and step < run.total_steps:
+            console.print(f"Note: {run.folder} is at step {step} of {run.total_steps}.")
 
-    if options.out is None:
-        sweep = len(options.folders) == 1 and (options.folders[0] / "sweep.yaml").exists()
-        options.out = (
-            options.folders[0] / "comparison"
-            if sweep
-            else Path("outputs/compare") / digest(sorted(str(folder.absolute()) for folder in folders), 8)
-        )
+    out = options.out or _place(options.folders, folders)
     console.print("Drawing ...")
     words = {key: list(map(show, values)) for key, values in differences.items()}
-    write_comparison(options.out, groups, words, _one_number(members), shlex.join(["harmonize", "compare", *arguments]))
-    console.print(f"Report: {options.out / 'report.html'}")
+    write_comparison(out, groups, words, _one_number(differences), shlex.join(["harmonize", "compare", *arguments]))
+    console.print(f"Report: {out / 'report.html'}")
     return 0
+
+
+def _place(given: Sequence[Path], runs: Sequence[Path]) -> Path:
+    """Where the comparison goes unless somebody says: to the sweep, or to a folder named after the runs."""
+    if len(given) == 1 and (given[0] / "sweep.yaml").exists():
+        return given[0] / "comparison"
+    return Path("outputs/compare") / digest(sorted(str(folder.absolute()) for folder in runs), 8)
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -128,14 +127,12 @@ def read_run(folder: Path) -> Run:
     """What a run folder holds.
 
     Raises:
-        ConfigError: Its configuration or its diagnostics cannot be read, or nothing has been measured.
+        ConfigError: Its configuration cannot be read, or nothing has been measured.
     """
     try:
         config = load_config(folder / "config.yaml")
         name = str(config.run.name)
         settings = {key: value for key, (_, value) in changed_keys({}, config).items()}
-        epochs = [json.loads(path.read_text()) for path in sorted((folder / "diagnostics").glob("epoch_*.json"))]
-        findings = {plain["epoch"]: from_plain(plain) for plain in epochs}
         spec = instantiate(config.backbone).spec
     except Exception as error:  # damaged files raise one of many
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -150,11 +147,10 @@ def read_run(folder: Path) -> Run:
     metrics = {key: values[-1][1] for key, values in series.items()}
     if rates := [rate for _, rate in series.get("train/images_per_second", ()) if rate > 0]:
         metrics["hours"] = metrics["step"] * settings["data.batch_size"] / statistics.median(rates) / 3600
-    total = read_json(folder / "metrics.json") or read_json(folder / "state.json")
-    if is_number(total.get("total_steps")):
-        metrics["total_steps"] = total["total_steps"]
-    trained = findings[max(findings)] if findings and max(findings) > 0 else Findings()
-    return Run(folder, name, spec, settings, metrics, series, trained, findings.get(0))
+    state = read_json(folder / "metrics.json") or read_json(folder / "state.json")
+    return Run(
+        folder, name, spec, settings, metrics, series, state.get("total_steps"), *read_ends(folder / "diagnostics")
+    )
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
@@ -177,12 +173,18 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _one_number(groups: Sequence[Sequence[Run]]) -> tuple[str, list[float]] | None:
-    """The setting in which groups of runs differ, with its values, if it is a single one and a number."""
-    differences = list(differing([some[0].settings for some in groups]).items())
-    if len(differences) == 1 and all(map(is_number, differences[0][1])):
-        return differences[0]
-    return None
+def _one_number(differences: Mapping[str, list[Any]]) -> tuple[str, list[float]] | None:
+    """The setting that differs, with its values, if it is a single one and a number."""
+    numbers = [(key, values) for key, values in differences.items() if all(map(is_number, values))]
+    return numbers[0] if len(numbers) == len(differences) == 1 else None
+
+
+def _in_order(groups: list[list[Run]]) -> list[list[Run]]:
+    """Groups of runs by the one number in which they differ; as they are if they differ otherwise."""
+    setting = _one_number(differing([some[0].settings for some in groups]))
+    if setting is None:
+        return groups
+    return [some for _, some in sorted(zip(setting[1], groups, strict=True), key=lambda pair: pair[0])]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -231,7 +233,7 @@ def _summary(name: str, runs: Sequence[Run], patterns: Sequence[str]) -> Group:
         {key: Cell([run.metrics[key] for run in runs if key in run.metrics]) for key in keys},
         runs[0].spec,
         [run.series.get("train/lambda", []) for run in runs],
-        average([run.trained for run in runs if run.trained.curves]),
+        average([run.trained for run in runs if run.trained is not None]),
         average([run.untrained for run in runs if run.untrained is not None]),
     )
 
@@ -269,6 +271,6 @@ def _print_table(groups: Sequence[Group], console: Console) -> None:
     table.add_column("", no_wrap=True)
     for one in groups:
         table.add_column(f"{one.name}\nn = {len(one.folders)}", justify="right")
-    for key in dict.fromkeys(key for one in groups for key in one.cells):
-        table.add_row(key, *(str(one.cells.get(key, Cell([]))) for one in groups))
+    for row in metric_rows(groups):
+        table.add_row(*row)
     console.print(table)

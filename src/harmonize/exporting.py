@@ -12,8 +12,8 @@ from rich.console import Console
 from harmonize.backbones.timm_vit import ViTEncoder
 from harmonize.checkpoints import export as files
 from harmonize.checkpoints.model_card import NOT_STATED, CardFacts
+from harmonize.files import read_rows
 from harmonize.networks import Loaded, load_network, short_names
-from harmonize.training.loggers import read_rows
 from harmonize.types import ConfigError, Result
 
 PRIVATE = ("run", "logger")

@@ -28,7 +28,7 @@ from harmonize.data.batches import RawBatch
 from harmonize.functional.schedules import learning_rate
 from harmonize.training.optim import trained_parameters
 from harmonize.training.run_folder import find_checkpoint
-from harmonize.training.setup import Setup, batch_in_words, build, build_data, num_ranks, rate_in_words
+from harmonize.training.setup import Setup, batch_in_words, build, build_data, num_ranks, rate_in_words, shares_weights
 from harmonize.types import Batch, Progress
 
 FEW = 2
@@ -119,7 +119,7 @@ def _cost(cfg: DictConfig, setup: Setup, tflops: float | None) -> list[tuple[str
     trained = sum(p.numel() for p in trained_parameters(module.encoder, module.objective).values())
     everything = sum(p.numel() for p in module.parameters())
     states = 4.0 * (everything + 3 * trained)  # weights; gradients and AdamW's two moments
-    if cfg.trainer.strategy == "fsdp":
+    if shares_weights(cfg):
         states /= num_ranks(cfg)
     activations = kept * at_once * half
     step = flops * cfg.data.batch_size

@@ -13,9 +13,9 @@ from PIL import Image
 
 from harmonize.cli import main
 from harmonize.config import compose
+from harmonize.files import read_rows
 from harmonize.slurm import resources, script
 from harmonize.sweeps import Sweep, standing
-from harmonize.training.loggers import read_rows
 from tests.slurm.clusters import missing
 from tests.slurm.slow import SECONDS
 from tests.training.test_module import assert_bit_equal

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 from rich.console import Console
 
+from harmonize.files import read_rows
 from harmonize.objectives.hybrid import Hybrid
 from harmonize.objectives.mim import MaskedImageModeling
 from harmonize.training.callbacks import probe as probe_module
@@ -21,7 +22,6 @@ from harmonize.training.callbacks.gradient_norms import GradientNorms
 from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
-from harmonize.training.loggers import read_rows
 from harmonize.types import ConfigError, FeatureSpec
 from tests.helpers import random_batch, tiny_encoder
 from tests.training.conftest import CONTRASTIVE, make_batches, make_module

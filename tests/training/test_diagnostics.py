@@ -23,12 +23,14 @@ from harmonize.diagnostics.health import Alarm, Health
 from harmonize.diagnostics.measure import measure
 from harmonize.diagnostics.token_similarity import TokenSimilarity
 from harmonize.evaluation.layer_probe import LayerProbe
+from harmonize.files import read_rows
+from harmonize.reports.files import read_history
 from harmonize.training.callbacks import diagnostics as diagnostics_module
 from harmonize.training.callbacks.checkpoint import Checkpoints
-from harmonize.training.callbacks.diagnostics import Diagnostics, read_history
+from harmonize.training.callbacks.diagnostics import Diagnostics
 from harmonize.training.callbacks.gradient_norms import GradientNorms
 from harmonize.training.callbacks.probe import OnlineProbe
-from harmonize.training.loggers import JsonLogger, Wandb, read_rows
+from harmonize.training.loggers import JsonLogger, Wandb
 from harmonize.training.module import PretrainModule
 from harmonize.types import ConfigError, FeatureSpec, NonFiniteLossError
 from tests.helpers import random_batch, tiny_encoder

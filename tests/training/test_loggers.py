@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows, run_id, write_json
+from harmonize.files import read_rows, write_json
+from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, run_id
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from harmonize.files import read_rows
 from harmonize.functional.schedules import learning_rate
 from harmonize.training.callbacks.metrics import StepMetrics
-from harmonize.training.loggers import read_rows
 from harmonize.types import Batch, NonFiniteLossError, ObjectiveOutput, Progress
 from tests.helpers import random_batch, tiny_encoder
 from tests.training.conftest import OPTIMIZER, make_batches, make_module

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from harmonize.files import read_rows
 from harmonize.training.callbacks import diagnostics as diagnostics_module
-from harmonize.training.loggers import read_rows
 from harmonize.training.module import PretrainModule
 from harmonize.types import ConfigError, FaultError, WorkerError
 from tests.training.test_module import assert_bit_equal

@@ -13,8 +13,8 @@ from PIL import Image
 
 from harmonize.cli import main
 from harmonize.config import check_config, compose, save_config
+from harmonize.files import read_rows
 from harmonize.training.callbacks import probe
-from harmonize.training.loggers import read_rows
 from harmonize.training.run import find_checkpoint, train
 from harmonize.types import ConfigError
 from tests.training.test_loggers import finished_records

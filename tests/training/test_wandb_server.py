@@ -2,7 +2,8 @@
 
 import pytest
 
-from harmonize.training.loggers import read_rows, run_id
+from harmonize.files import read_rows
+from harmonize.training.loggers import run_id
 from tests.training.test_run import command, finish, images, overrides  # noqa: F401
 from tests.training.wandb_server import WandbServer
 

@@ -38,7 +38,7 @@ class ScaledByDepth:
 
     def __call__(self, *arguments: Any) -> Tensor:
         """As the encoder's."""
-        return self._call("forward", *arguments)
+        return self._call("__call__", *arguments)
 
     def encode_visible(self, *arguments: Any) -> Tensor:
         """As the encoder's."""
@@ -58,7 +58,7 @@ class _Pass(nn.Module):
         self.encoder: Any = encoder
 
     def forward(self, method: str, *arguments: Any) -> Tensor:
-        return self.encoder(*arguments) if method == "forward" else getattr(self.encoder, method)(*arguments)
+        return getattr(self.encoder, method)(*arguments)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -229,7 +229,7 @@ def _csv(groups: Sequence[Group]) -> str:
     writer.writerow(COLUMNS)
     for one in groups:
         for key, cell in one.cells.items():
-            numbers = ["" if math.isnan(number) else number for number in (cell.mean, cell.sd)]
+            numbers = ["" if math.isnan(value) else value for value in (cell.mean, cell.sd)]
             writer.writerow(
                 [one.name, len(one.folders), key, *numbers, len(cell.values), " ".join(map(str, cell.values))]
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -72,6 +73,28 @@ def from_plain(plain: Mapping[str, Any]) -> Findings:
             error=_floats(entry["standard_error"]),
         )
     return findings
+
+
+def read_history(folder: Path) -> dict[int, Findings]:
+    """Epoch -> what was found, from the files of a run; a file that cannot be read is left out."""
+    found = map(_read_epoch, sorted(folder.glob("epoch_*.json")))
+    return dict(epoch for epoch in found if epoch is not None)
+
+
+def read_ends(folder: Path) -> tuple[Findings | None, Findings | None]:
+    """What was found in the first epoch that can be read, if it is that of the untrained network, and in the last."""
+    paths = sorted(folder.glob("epoch_*.json"))
+    last = next(filter(None, map(_read_epoch, reversed(paths))), None)
+    first = next(filter(None, map(_read_epoch, paths)), None)
+    return (first[1] if first and first[0] == 0 else None), (last[1] if last and last[0] > 0 else None)
+
+
+def _read_epoch(path: Path) -> tuple[int, Findings] | None:
+    try:
+        plain = json.loads(path.read_text())
+        return int(plain["epoch"]), from_plain(plain)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def write_csv(path: Path, networks: Mapping[str, Findings]) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from harmonize.analysis import choose_diagnostics
 from harmonize.config import run_dir, to_plain
+from harmonize.files import read_rows
 from harmonize.memory import keep_freed_memory
 from harmonize.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
 from harmonize.training.callbacks.diagnostics import Diagnostics
@@ -31,7 +32,7 @@ from harmonize.training.callbacks.probe import OnlineProbe
 from harmonize.training.callbacks.progress import ProgressDisplay
 from harmonize.training.callbacks.speed import Speed
 from harmonize.training.compilation import Compilation
-from harmonize.training.loggers import JsonLogger, Wandb, has_api_key, read_rows
+from harmonize.training.loggers import JsonLogger, Wandb, has_api_key
 from harmonize.training.run_folder import (
     Resume,
     find_checkpoint,
@@ -42,7 +43,16 @@ from harmonize.training.run_folder import (
     same_groups,
     write_run_folder,
 )
-from harmonize.training.setup import Setup, batch_in_words, build, computes_on_gpu, num_ranks, rank, rate_in_words
+from harmonize.training.setup import (
+    Setup,
+    batch_in_words,
+    build,
+    computes_on_gpu,
+    num_ranks,
+    rank,
+    rate_in_words,
+    shares_weights,
+)
 from harmonize.training.signals import Interrupted, exit_code
 from harmonize.training.status import RunStatus
 from harmonize.types import ConfigError, EncoderSpec, FaultError, WorkerError
@@ -97,7 +107,7 @@ def _pass_on(signum: int, console: Console) -> None:
 
 def _train(cfg: DictConfig, folder: Path, console: Console, status: RunStatus | None) -> dict[str, Any]:
     resume = None if cfg.run.fresh else find_checkpoint(folder)
-    if not computes_on_gpu(cfg) and cfg.trainer.strategy != "fsdp":  # whose gathered blocks would be kept as well
+    if not computes_on_gpu(cfg) and not shares_weights(cfg):  # whose gathered blocks would be kept as well
         keep_freed_memory()
     setup = build(cfg)
     module = setup.module
@@ -160,9 +170,9 @@ def _fit(
     callbacks: list[pl.Callback] = [Speed()]
     if setup.compiled:
         callbacks.append(Compilation())
-    shards, gradients = cfg.trainer.strategy == "fsdp" and num_ranks(cfg) > 1, None
+    gradients = None
     if cfg.callbacks.get("gradient_norms"):
-        if shards:
+        if shares_weights(cfg):
             console.print("Gradients of single loss terms are not measured with trainer.strategy=fsdp.")
         else:
             gradients = GradientNorms(**cfg.callbacks.gradient_norms)
@@ -231,7 +241,7 @@ def _fit(
         default_root_dir=folder,
         # Operations that have no deterministic kernel warn instead of ending the run.
         deterministic="warn" if cfg.trainer.deterministic else False,
-        inference_mode=not shards,  # its gathered weights live on after a validation
+        inference_mode=not shares_weights(cfg),  # gathered weights live on after a validation
         use_distributed_sampler=False,  # the data module shares out the images
         enable_checkpointing=True,
         enable_progress_bar=False,
@@ -292,7 +302,7 @@ def _strategy(cfg: DictConfig, objective: nn.Module) -> Strategy | str:
     """DDP's ``find_unused_parameters``: a scheduled term that is skipped leaves parameters without a gradient."""
     if num_ranks(cfg) == 1:
         return "auto"
-    if cfg.trainer.strategy == "fsdp":
+    if shares_weights(cfg):
         from harmonize.training.fsdp import FSDPStrategy  # half a second, and only here
 
         return FSDPStrategy()

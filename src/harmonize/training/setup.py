@@ -48,7 +48,7 @@ def build(cfg: DictConfig) -> Setup:
     """
     on_gpu = computes_on_gpu(cfg)
     precision = choose_precision(cfg)  # refused before anything is built
-    as_written = cfg.trainer.strategy == "fsdp" or cfg.loss.get("lambda_by_depth") is not None
+    as_written = shares_weights(cfg) or cfg.loss.get("lambda_by_depth") is not None
     compiled = not as_written and should_compile(cfg.trainer.compile, on_gpu)
     config = to_plain(cfg)
     torch.manual_seed(mix_int(cfg.seed))
@@ -108,6 +108,11 @@ def length(data_steps: int, trainer: Mapping[str, Any]) -> tuple[int, int]:
 def num_ranks(cfg: DictConfig) -> int:
     """Processes of a run, over all nodes."""
     return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def shares_weights(cfg: DictConfig) -> bool:
+    """Whether every process keeps its share of the weights alone."""
+    return cfg.trainer.strategy == "fsdp" and num_ranks(cfg) > 1
 
 
 def batch_in_words(cfg: DictConfig) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -18,7 +16,7 @@ from harmonize.diagnostics.measure import measure
 from harmonize.evaluation.layer_probe import LayerProbe
 from harmonize.files import write_json, write_whole
 from harmonize.reports.figures import epoch_sheet
-from harmonize.reports.files import from_plain, to_plain
+from harmonize.reports.files import read_history, to_plain
 from harmonize.reports.pictures import draw
 from harmonize.reports.style import to_png
 from harmonize.training.callbacks.gradient_norms import GradientNorms
@@ -204,15 +202,3 @@ def scalars(found: Findings) -> dict[str, float]:
         for name, curve in found.curves.items()
         for layer, value in zip(curve.layer, curve.value, strict=True)
     }
-
-
-def read_history(folder: Path) -> dict[int, Findings]:
-    """Epoch -> what was found, from the files of a run; a file that cannot be read is left out."""
-    history: dict[int, Any] = {}
-    for path in sorted(folder.glob("epoch_*.json")):
-        try:
-            plain = json.loads(path.read_text())
-            history[int(plain["epoch"])] = from_plain(plain)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return history
