@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +27,7 @@ from torch import nn
 
 from harmonize import __version__
 from harmonize.backbones.fine_tuning import trainable_copy
-from harmonize.config import instantiate, to_plain
+from harmonize.config import evaluations, instantiate, to_plain
 from harmonize.evaluation.base import Bench, T, frozen
 from harmonize.evaluation.classifier import Head
 from harmonize.files import digest
@@ -44,6 +46,45 @@ from harmonize.networks import (
 from harmonize.reports.evaluation import write_results
 from harmonize.reports.published import published
 from harmonize.types import ConfigError, NonFiniteLossError, Result
+
+
+def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Do with a trained run what ``evaluate`` of its configuration lists; what has been done already stays.
+
+    Every rank takes part.
+
+    Args:
+        cfg: Of the run.
+        folder: Its run folder, with the last checkpoint in it.
+
+    Returns:
+        The single numbers, as in ``evaluate/linear_probe/top1``.
+
+    Raises:
+        ConfigError: Network, data and a protocol do not suit each other.
+    """
+    own = evaluations(cfg, folder).values()
+    missing = [one for one in own if not _results(one).exists()]  # before any rank writes one
+    for one in missing:
+        evaluate(one)
+    if missing and rank() == 0:
+        shutil.rmtree(folder / "evaluations" / "features", ignore_errors=True)  # of use to nobody else
+    return single_results(map(_results, own)) if rank() == 0 else {}
+
+
+def is_evaluated(cfg: DictConfig, folder: Path) -> bool:
+    """Whether everything that ``evaluate`` lists has been done."""
+    return all(_results(one).exists() for one in evaluations(cfg, folder).values())
+
+
+def _results(cfg: DictConfig) -> Path:
+    return Path(cfg.run.dir) / "results.json"
+
+
+def single_results(paths: Iterable[Path]) -> dict[str, float]:
+    """The single numbers (no curves) in files with results, by ``evaluate/<protocol>/<metric> <series>``."""
+    rows = [row for path in paths for row in json.loads(path.read_text()) if not row["axis"]]
+    return {f"evaluate/{row['protocol']}/{row['metric']} {row['series']}".strip(): row["value"] for row in rows}
 
 
 def evaluate(cfg: DictConfig) -> None:

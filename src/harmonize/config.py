@@ -13,9 +13,10 @@ import inspect
 import keyword
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ CONF = next((d for d in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if d.i
 # in the name of its folder.
 NEUTRAL = (
     "run",
+    "scale",
+    "evaluate",
     "logger",
     "hydra",
     "data.num_workers",
@@ -360,6 +363,39 @@ def _refuse(problems: Iterable[str | None]) -> None:
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
+def evaluations(config: DictConfig, run_folder: Path) -> dict[str, DictConfig]:
+    """What ``harmonize evaluate`` is to do with a finished run: entry of ``evaluate`` -> its configuration.
+
+    An entry is a protocol and settings, as in ``fine_tune eval.epochs=20``. Its results go into a folder of the run
+    folder, named after it; everything random is a function of the run's seed.
+
+    Raises:
+        ConfigError: An entry cannot be read, or names what does not exist.
+    """
+    found = {}
+    for entry in config.evaluate:
+        try:
+            own = copy.deepcopy(_evaluation(entry))
+        except ValueError as error:  # it cannot be split into words, or has a mistake in its settings
+            raise ConfigError(_of_entry(entry, error)) from error
+        own.checkpoint, own.names, own.seed = str(run_folder), [config.run.name], config.seed
+        own.accelerator = config.trainer.accelerator
+        own.run.root = str(run_folder / "evaluations")
+        own.run.dir = str(run_folder / "evaluations" / re.sub(r"[^\w.]+", "-", entry)[:100].strip("-"))
+        found[entry] = own
+    return found
+
+
+@cache
+def _evaluation(entry: str) -> DictConfig:
+    protocol, *settings = shlex.split(entry)
+    return compose([f"eval={protocol}", *settings], "evaluate")
+
+
+def _of_entry(entry: str, error: Exception) -> str:
+    return "\n".join(f"evaluate, {entry!r}: {line}" for line in str(error).splitlines())
+
+
 def check_config(config: DictConfig, machine: bool = True, command: str = "train") -> None:
     """Find every mistake before anything starts: values, relations, components and their arguments, devices, data.
 
@@ -377,6 +413,11 @@ def check_config(config: DictConfig, machine: bool = True, command: str = "train
     absent = list(_missing_devices(plain)) if machine else []
     _refuse([*absent, *violations(plain, [sentence.split()[0] for sentence in absent], command)])
     _refuse([*_misused(plain.get("data"), "data"), *(_missing_data(config) if machine else ())])
+    for entry, own in evaluations(config, Path("run")).items() if command == "train" else ():
+        try:
+            check_config(own, machine, "evaluate")
+        except ConfigError as error:
+            raise ConfigError(_of_entry(entry, error)) from error
     _refuse(_misused(plain))  # last, because the backbone's libraries take the longest to load
 
 

@@ -15,7 +15,10 @@ from typing import Any
 Config = Mapping[str, Any]
 # Command -> the sections of its configuration, and those that may be null: what they would name is not chosen.
 SECTIONS = {
-    "train": ("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger"),
+    "train": (
+        *("run", "data", "backbone", "loss", "views", "optimizer", "schedule", "trainer", "callbacks", "logger"),
+        "scale",
+    ),
     "analyze": ("run",),
     "evaluate": ("run", "eval"),
     "inspect": (),
@@ -162,6 +165,7 @@ LOSSES = ("loss", "loss.contrastive", "loss.mim")  # alone, or as a part of the 
 
 VALUES: dict[str, Rule] = {
     "seed": whole(0),
+    "evaluate": list_of(TEXT),
     "checkpoint": Rule(
         lambda v: TEXT.passes(v) or (v != [] and list_of(TEXT).passes(v)),
         "given: a run folder, a checkpoint file, timm:NAME, or a list [A,B]",
@@ -223,8 +227,14 @@ VALUES: dict[str, Rule] = {
     "loss.mim_view": one_of("own", "contrastive"),
     "loss.contrastive_input": one_of("clean", "masked"),
     "loss.share_views": BOOL,
+    "loss.num_classes": whole(2),
+    "loss.smoothing": number("[0, 1)"),
     "loss.contrastive": SECTION,
     "loss.mim": SECTION,
+    "scale.hidden_dim": whole(1),
+    "scale.decoder_width": whole(1),
+    "scale.decoder_depth": whole(1),
+    "scale.decoder_heads": whole(1),
     **{
         f"{loss}.{key}": rule
         for loss in LOSSES
@@ -396,6 +406,11 @@ TAKEN_FROM = {
     "diagnostics.num_images": "num_images",
     "diagnostics.batch_size": "batch_size",
     **{f"{loss}.images_at_once": "trainer.images_at_once" for loss in LOSSES},
+    **{
+        f"{loss}.{key}": f"scale.{key}"
+        for loss in LOSSES
+        for key in ("hidden_dim", "decoder_width", "decoder_depth", "decoder_heads")
+    },
 }
 
 
@@ -467,7 +482,7 @@ def decoder_heads_divide(prefix: str) -> Callable[[int, int], str | None]:
 
 
 PARTS: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "loss.contrastive": (lambda part: not {"mask_ratio", "mim"} & set(part), "a contrastive loss (contrastive)"),
+    "loss.contrastive": (lambda part: "temperature" in part, "a contrastive loss (contrastive)"),
     "loss.mim": (lambda part: "mask_ratio" in part, "a masked-image-modelling loss (mim or mae)"),
 }
 """Part of the hybrid -> whether a loss can be that part, and what can."""

@@ -94,7 +94,7 @@ def submit(sweep: Sweep, jobs: Sequence[Job]) -> tuple[Sweep, Submission]:
     for asked, members in groups.items():
         executor = make_executor(folder, sweep.options, dict(asked))
         try:
-            handed_in = executor.submit_array([Start(sweep.command, job.overrides) for job in members])
+            handed_in = executor.submit_array([Start(sweep.command, job.arguments) for job in members])
         except Exception as error:  # submitit wraps what sbatch says
             raise ConfigError(f"SLURM refuses the jobs: {_last_line(error)}") from error
         for job, handle in zip(members, handed_in, strict=True):

@@ -47,7 +47,7 @@ class Job:
 
     Attributes:
         num: Its number in the sweep, from 0.
-        overrides: What its command line says after the command.
+        overrides: Its settings.
         folder: Its run folder.
         log: What it prints.
     """
@@ -56,6 +56,11 @@ class Job:
     overrides: list[str]
     folder: Path
     log: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """What its command line says after the command: an experiment's file may ask for a sweep, and this is none."""
+        return [*self.overrides, "hydra.mode=RUN"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ def run_on_slurm(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
 def run_here(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
     """Run jobs on this machine, one process each; with one at a time its output is shown as it comes."""
     slots = _slots(sweep, jobs)
+    threads_each = str(max(1, (os.cpu_count() or 1) // len(slots)))
     waiting, lock = list(jobs), threading.Lock()
     processes: list[subprocess.Popen[str]] = []
 
@@ -184,11 +190,11 @@ def run_here(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
                     return
                 job = waiting.pop(0)
                 print(f"harmonize: job {job.num}: {' '.join(job.overrides)}", flush=True)
-                environment = dict(os.environ)
+                environment = {"OMP_NUM_THREADS": threads_each} | os.environ
                 if devices is not None:
                     environment["CUDA_VISIBLE_DEVICES"] = devices
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "harmonize", sweep.command, *job.overrides],
+                    [sys.executable, "-m", "harmonize", sweep.command, *job.arguments],
                     env=environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,

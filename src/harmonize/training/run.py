@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from harmonize.analysis import choose_diagnostics
+from harmonize.assessment import evaluate_run, is_evaluated
 from harmonize.config import run_dir, to_plain
 from harmonize.files import read_rows
 from harmonize.memory import keep_freed_memory
@@ -78,7 +79,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     folder = run_dir(cfg).absolute()
     with _plain_output(), warnings.catch_warnings():
         _quiet_lightning()
-        if not cfg.run.fresh and (done := finished(folder, cfg)):
+        if not cfg.run.fresh and (done := finished(folder, cfg)) and is_evaluated(cfg, folder):
             console.print(f"This run is finished (run.fresh=true starts it anew): {folder}")
             _print_table(console, done, folder)
             return done
@@ -145,6 +146,9 @@ def _train(cfg: DictConfig, folder: Path, console: Console, status: RunStatus | 
                 console.print(f"Resuming at step {step} of {module.total_steps} from {resume.path.name}.")
             console.print(_how(cfg, setup))
             _fit(cfg, folder, setup, resume, record, wandb, console, status)
+        if found := evaluate_run(cfg, folder):
+            for logger in (record, wandb) if wandb is not None else (record,):
+                logger.log_metrics(found, module.total_steps)
         metrics = {**record.latest, "total_steps": module.total_steps}
         record.complete(metrics)
         failed = False
@@ -318,7 +322,7 @@ def _print_table(console: Console, metrics: Mapping[str, Any], folder: Path) -> 
     for column in ("", "trained", "untrained", "chance"):
         table.add_column(column, justify="left" if not column else "right")
     first = next((row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row), {})
-    for name in ("mim", "contrastive"):
+    for name in ("mim", "contrastive", "supervised"):
         losses = metrics.get(f"epoch/loss_{name}"), first.get(f"train/loss_{name}"), metrics.get(f"train/chance_{name}")
         if losses[0] is not None:
             table.add_row(f"{name} loss", *("" if x is None else f"{x:.4f}" for x in losses))
@@ -326,6 +330,9 @@ def _print_table(console: Console, metrics: Mapping[str, Any], folder: Path) -> 
         accuracies = metrics.get(f"val/{key}"), metrics.get(f"untrained/{key}"), metrics.get("val/chance_top1")
         if accuracies[0] is not None:
             table.add_row(label, *("" if x is None else f"{100 * x:.1f} %" for x in accuracies))
+    for key, value in metrics.items():
+        if key.startswith("evaluate/") and value is not None:
+            table.add_row(key.partition("/")[2].replace("/", ", "), f"{100 * value:.1f} %", "", "")
     console.print(table)
     console.print(f"Run folder: {folder}")
 

@@ -57,6 +57,11 @@ def build(cfg: DictConfig) -> Setup:
         encoder.set_grad_checkpointing()
     objective = instantiate(cfg.loss, encoder=encoder)
     data = build_data(cfg, objective)
+    num_classes = getattr(objective, "num_classes", None)
+    if num_classes is not None and num_classes < len(data.classes or ()):
+        raise ConfigError(
+            f"loss.num_classes must be at least {len(data.classes or ())}, the classes of the data, not {num_classes}."
+        )
     steps_per_epoch, total_steps = length(data.steps_per_epoch, config["trainer"])
     module = PretrainModule(
         encoder,
@@ -87,6 +92,7 @@ def build_data(cfg: DictConfig, objective: nn.Module) -> DataModule:
         seed=cfg.seed,
         eval_crop=cfg.data.eval_crop,
         accumulate=cfg.trainer.accumulate,
+        labelled=hasattr(objective, "num_classes"),
         world_size=num_ranks(cfg),
         rank=rank(),
         augment=cfg.data.augment,
