@@ -131,6 +131,7 @@ class Composer:
         self._command = command
         self._cache: dict[tuple[str, ...], DictConfig] = {}
         self._search: list[str] = []  # the override that names folders besides conf/
+        self._groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
 
     def load(self, overrides: Sequence[str]) -> DictConfig:
         """The composed configuration, with Hydra's own node.
@@ -318,8 +319,11 @@ class Composer:
 
     def groups(self) -> dict[str, list[str]]:
         """Group of this command -> its files."""
-        chosen = self._compose([]).hydra.runtime.choices
-        return {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g in chosen}
+        key = tuple(self._search)
+        if key not in self._groups:
+            chosen = self._compose([]).hydra.runtime.choices
+            self._groups[key] = {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g in chosen}
+        return self._groups[key]
 
     def _plainly(self, error: Exception) -> str:
         """One sentence for any other complaint of Hydra."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from harmonize.sweeps import Job, Sweep, configuration
+from harmonize.sweeps import Job, Sweep, configurations
 from harmonize.types import ConfigError
 
 OURS = ("_target_", "submitit_folder", "max_num_timeout", "gpus_per_node", "cpus_per_task", "nodes", "tasks_per_node")
@@ -85,8 +85,8 @@ def submit(sweep: Sweep, jobs: Sequence[Job]) -> tuple[Sweep, Submission]:
         ConfigError: submitit or SLURM is not installed, or SLURM refuses the jobs.
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Job]] = {}
-    for job in jobs:
-        asked = tuple(resources(configuration(sweep.command, *job.overrides), sweep.options).items())
+    for job, cfg in zip(jobs, configurations(sweep.command, [job.overrides for job in jobs]), strict=True):
+        asked = tuple(resources(cfg, sweep.options).items())
         groups.setdefault(asked, []).append(job)
     folder = sweep.folder / "slurm"
     ids: dict[int, str] = {}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from harmonize.arguments import Parser
 from harmonize.clock import SILENCE, duration
-from harmonize.config import compose, run_dir
+from harmonize.config import composer, finish, run_dir
 from harmonize.files import read_json, read_rows, write_whole
 from harmonize.types import ConfigError, FaultError
 
@@ -119,10 +119,12 @@ def run_sweep(
     """
     command = str(config.hydra.job.config_name)
     folder = Path(str(config.hydra.sweep.dir)).absolute()
-    jobs = []
-    for num, job in enumerate(overrides, start=first):
-        own = [o for o in job if not o.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher", "hydra.sweep"))]
-        jobs.append(Job(num, own, run_dir(configuration(command, *own)).absolute(), folder / f"{num:03d}.log"))
+    launching = ("hydra/launcher", "hydra.launcher", "hydra.sweep")
+    settings = [[o for o in job if not o.lstrip("+~").startswith(launching)] for job in overrides]
+    jobs = [
+        Job(num, own, run_dir(cfg).absolute(), folder / f"{num:03d}.log")
+        for num, own, cfg in zip(count(first), settings, configurations(command, settings), strict=False)
+    ]
     sweep = Sweep(folder, command, launcher, dict(options), jobs)
     sweep.write()
     start(sweep, jobs)
@@ -153,10 +155,17 @@ def _forget(job: Job) -> None:
     job.log.with_suffix(".code").unlink(missing_ok=True)
 
 
-@cache
-def configuration(command: str, *overrides: str) -> DictConfig:
-    """What a job runs with; composing takes a moment, and several ask."""
-    return compose(overrides, command)
+_composed: dict[tuple[str, ...], DictConfig] = {}
+
+
+def configurations(command: str, settings: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """What jobs run with, by their settings; composing takes a moment, and several ask."""
+    keys = [(command, *own) for own in settings]
+    with composer(command) as conf:
+        for key in keys:
+            if key not in _composed:
+                _composed[key] = finish(conf.load(key[1:]))
+    return [_composed[key] for key in keys]
 
 
 def run_on_slurm(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
@@ -230,7 +239,7 @@ def run_here(sweep: Sweep, jobs: Sequence[Job]) -> dict[int, Standing]:
 
 def _slots(sweep: Sweep, jobs: Sequence[Job]) -> list[str | None]:
     """For each job at a time the GPUs that it sees; None: all that there are."""
-    configs = [configuration(sweep.command, *job.overrides) for job in jobs]
+    configs = configurations(sweep.command, [job.overrides for job in jobs])
     devices = {cfg.trainer.devices for cfg in configs if "trainer" in cfg} or {1}
     cpu = all("trainer" in cfg and cfg.trainer.accelerator == "cpu" for cfg in configs)
     wanted = sweep.options.get("jobs")
