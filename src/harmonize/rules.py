@@ -223,7 +223,7 @@ VALUES: dict[str, Rule] = {
     "backbone.freeze_patch_embed": BOOL,
     "backbone.initialization": one_of("timm", "moco_v3", "simmim", "mae"),
     "loss.lambda": WEIGHT,
-    "loss.lambda_by_depth": WEIGHT | NULL,
+    "loss.lambda_by_depth": WEIGHT | list_of(SHARE) | NULL,
     "loss.mim_view": one_of("own", "contrastive"),
     "loss.contrastive_input": one_of("clean", "masked"),
     "loss.share_views": BOOL,
@@ -557,10 +557,12 @@ def enough_for_a_batch(num_train: int | None, batch: int, _: Config) -> str | No
     return None
 
 
-def depth_has_two_losses(by_depth: Any, weight: Any, share_views: bool, strategy: str) -> str | None:
+def depth_has_two_losses(by_depth: Any, depth: int, weight: Any, share_views: bool, strategy: str) -> str | None:
     """A weight for each depth takes two losses, each with a pass and with weights of its own."""
     if by_depth is None:
         return None
+    if isinstance(by_depth, list) and len(by_depth) != depth:
+        return f"loss.lambda_by_depth must have backbone.depth ({depth}) weights, not {len(by_depth)}"
     if not is_number(weight) or not 0 < weight < 1:
         return f"loss.lambda must be a number in (0, 1) with loss.lambda_by_depth, not {show(weight)}"
     if share_views:
@@ -645,7 +647,10 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., str | None]]] = [
     (("loss.contrastive.temperature", *BATCH, "loss.lambda"), contrast_needs_two),
     (("data.num_train", "data.batch_size", "trainer"), enough_for_a_batch),
     (("trainer.max_epochs", "trainer.max_steps"), some_length),
-    (("loss.lambda_by_depth", "loss.lambda", "loss.share_views", "trainer.strategy"), depth_has_two_losses),
+    (
+        ("loss.lambda_by_depth", "backbone.depth", "loss.lambda", "loss.share_views", "trainer.strategy"),
+        depth_has_two_losses,
+    ),
     (tuple(f"trainer.{key}" for key in ("strategy", "precision", "compile", "images_at_once")), shards_alone),
     (("callbacks.probe.feature.layer", "backbone.depth"), layer_exists),
     (("checkpoint", "names"), one_name_each),

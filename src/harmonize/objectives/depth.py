@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from harmonize.functional.layers import layer_of
+from harmonize.functional.schedules import weight_schedule
 from harmonize.types import Encoder, EncoderSpec
 
 
@@ -48,6 +49,27 @@ class ScaledByDepth:
         weights = dict(self._pass.named_parameters())
         scaled = {name: _ScaledGradient.apply(weights[name], factor) for name, factor in self._factors.items()}
         return functional_call(self._pass, scaled, (method, *arguments))
+
+
+def weights_by_depth(value: float | Mapping[str, float | str] | Sequence[float], depth: int) -> Callable[[float], float]:
+    """Share of the depth, from 0 (first block) to 1 (last block) -> weight.
+
+    Args:
+        value: One weight for each block, or what ``weight_schedule`` takes.
+        depth: Number of blocks.
+
+    Raises:
+        ValueError: There are more or fewer weights than blocks, or one is outside [0, 1].
+
+    >>> weights_by_depth([0.1, 0.2, 0.9], 3)(0.5), weights_by_depth({"schedule": "linear", "start": 0, "end": 1}, 3)(0.5)
+    (0.2, 0.5)
+    """
+    if not isinstance(value, Sequence):
+        return weight_schedule(value)
+    if len(value) != depth:
+        raise ValueError(f"lambda_by_depth has {len(value)} weights; one for each of {depth} blocks is needed")
+    weights = [weight_schedule(weight)(0.0) for weight in value]
+    return lambda share: weights[round(share * (depth - 1))]
 
 
 class _Pass(nn.Module):

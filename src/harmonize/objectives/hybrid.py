@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from harmonize.functional.schedules import weight_schedule
 from harmonize.functional.seeding import mix
 from harmonize.objectives.chunks import in_chunks
 from harmonize.objectives.contrastive import Contrastive
-from harmonize.objectives.depth import ScaledByDepth
+from harmonize.objectives.depth import ScaledByDepth, weights_by_depth
 from harmonize.objectives.mim import MaskedPrediction
 from harmonize.types import Batch, Encoder, ObjectiveOutput, Progress
 
@@ -33,9 +33,9 @@ class Hybrid(nn.Module):
         mim_view: ``own``: the MIM objective's own recipe; ``contrastive``: the first contrastive view.
         contrastive_input: ``clean``: queries see whole views; ``masked``: they see views masked as in MIM (keys
             always see whole views).
-        lambda_by_depth: Weights of the contrastive loss over the depth of the encoder, a schedule whose start is at the
-            first block and whose end at the last; heads, decoder and the loss that is logged keep ``lambda_``, which
-            must then be a number within (0, 1). None: ``lambda_`` for all blocks.
+        lambda_by_depth: Weights of the contrastive loss over the depth of the encoder: one for each block, or a schedule
+            whose start is at the first block and whose end at the last. Heads, decoder and the loss that is logged keep
+            ``lambda_``, which must then be a number within (0, 1). None: ``lambda_`` for all blocks.
         share_views: Encode the masked view once for both parts: it is the first contrastive view, and its tokens make
             both the reconstruction and the first query. Where only one part has a weight there is nothing to share.
 
@@ -52,7 +52,7 @@ class Hybrid(nn.Module):
         mim_view: str = "own",
         contrastive_input: str = "clean",
         share_views: bool = False,
-        lambda_by_depth: float | Mapping[str, float | str] | None = None,
+        lambda_by_depth: float | Mapping[str, float | str] | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if mim_view not in ("own", "contrastive"):
@@ -64,7 +64,9 @@ class Hybrid(nn.Module):
         if lambda_by_depth is not None and share_views:
             raise ValueError("lambda_by_depth needs share_views=false: one pass has one gradient for both losses")
         self.weight = weight_schedule(lambda_)
-        self.weight_by_depth = None if lambda_by_depth is None else weight_schedule(lambda_by_depth)
+        self.weight_by_depth = None
+        if lambda_by_depth is not None:
+            self.weight_by_depth = weights_by_depth(lambda_by_depth, encoder.spec.depth)
         self.share_views = share_views
         self.one_view = share_views or mim_view == "contrastive"
         self.mask_contrastive = contrastive_input == "masked"
