@@ -43,6 +43,7 @@ commands
   plan       what a run would do: steps, batch, learning rate, memory, time, batch script; runs nothing
   sweep      how the jobs of a sweep stand; starts those again that failed
   compare    runs or a sweep: settings that differ, results over seeds, every diagnostic; as a page, tables and figures
+  report     one interactive page of runs, a sweep or a set of studies, with verdicts on claims
   doctor     what is wrong with this machine, cluster or data set, and what to do
   sync       upload finished or offline runs to Weights & Biases
   shards     write a folder of images as WebDataset shards
@@ -262,6 +263,7 @@ TOOLS = {
     "plan": "harmonize.plan",
     "sweep": "harmonize.sweeps",
     "compare": "harmonize.comparison",
+    "report": "harmonize.reporting",
     "doctor": "harmonize.doctor",
     "sync": "harmonize.syncing",
     "shards": "harmonize.sharding",
@@ -447,10 +449,8 @@ def _jobs(options: Namespace, command: str) -> tuple[list[DictConfig], DictConfi
         # Hydra composes the fixed values once before the sweep, without what they depend on: hand them over as values
         # of a sweep of length one.
         options.overrides = [_as_sweep(o) if _depends(o, swept) else o.input_line or "" for o in parsed]
-        parameters = hydra.sweeper.get("params") or {}
-        parsed = conf.parse([f"{key}={value}" for key, value in parameters.items()]) + parsed
         try:
-            jobs = [config.finish(conf.load(overrides)) for overrides in _combinations(parsed)]
+            jobs = [config.finish(conf.load(overrides)) for overrides in _combinations(conf.axes(parsed, first))]
         except NotImplementedError:  # a sweeper other than Hydra's own decides later what it runs
             jobs = [config.finish(first)]
         return jobs, hydra, True
@@ -488,18 +488,8 @@ def _as_sweep(override: Override) -> str:
     return f"{key}=choice({value})"
 
 
-def _combinations(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """The overrides of each job of a sweep, by Hydra's rule: every combination, the last of a key wins."""
-    values: dict[str, list[str]] = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            values[key] = [override.input_line or ""]
-        elif override.is_discrete_sweep():
-            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            raise NotImplementedError(key)
-    axes = list(values.values())
+def _combinations(axes: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep, or, of a large one, of jobs in which every value occurs."""
     count = 1
     for axis in axes:
         count *= len(axis)

@@ -46,6 +46,7 @@ class Run:
         total_steps: Of the whole run, if it has said so.
         untrained: The diagnostics before the first step.
         trained: Those of the last epoch that has any.
+        by_layer: Curve of a diagnostic, or ``evaluate/<protocol>/<metric> <series>`` -> place on its axis -> value.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Run:
     total_steps: int | None
     untrained: Findings | None
     trained: Findings | None
+    by_layer: dict[str, dict[float, float]]
 
 
 def main(arguments: list[str]) -> int:
@@ -74,11 +76,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
 
-    folders = list(dict.fromkeys(run for folder in options.folders for run in _run_folders(folder)))
+    folders = list(dict.fromkeys(run for folder in options.folders for run in run_folders(folder)))
     runs = [read_run(folder) for folder in folders]
     for folder in options.evaluations:
         _add_evaluations(runs, folder)
-    members = _in_order(group(runs))
+    members = in_order(group(runs))
     differences = differing([some[0].settings for some in members])
     names = options.names or labels([some[0] for some in members])
     if len(names) != len(members):
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"--names must differ from each other; {repeated[0]} stands there twice.")
     patterns = [*options.metrics, "evaluate/*"]
-    groups = [_summary(name, some, patterns) for name, some in zip(names, members, strict=True)]
+    groups = [summary(name, some, patterns) for name, some in zip(names, members, strict=True)]
     _print_table(groups, console)
     for run in runs:
         step = run.series["step"][-1][1]
@@ -96,7 +98,7 @@ def main(arguments: list[str]) -> int:
     out = options.out or _place(options.folders, folders)
     console.print("Drawing ...")
     words = {key: list(map(show, values)) for key, values in differences.items()}
-    write_comparison(out, groups, words, _one_number(differences), shlex.join(["harmonize", "compare", *arguments]))
+    write_comparison(out, groups, words, one_number(differences), shlex.join(["harmonize", "compare", *arguments]))
     console.print(f"Report: {out / 'report.html'}")
     return 0
 
@@ -108,7 +110,7 @@ def _place(given: Sequence[Path], runs: Sequence[Path]) -> Path:
     return Path("outputs/compare") / digest(sorted(str(folder.absolute()) for folder in runs), 8)
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def run_folders(folder: Path) -> list[Path]:
     """The run folders that a folder stands for.
 
     Raises:
@@ -148,9 +150,13 @@ def read_run(folder: Path) -> Run:
     if rates := [rate for _, rate in series.get("train/images_per_second", ()) if rate > 0]:
         metrics["hours"] = metrics["step"] * settings["data.batch_size"] / statistics.median(rates) / 3600
     state = read_json(folder / "metrics.json") or read_json(folder / "state.json")
-    return Run(
-        folder, name, spec, settings, metrics, series, state.get("total_steps"), *read_ends(folder / "diagnostics")
-    )
+    untrained, trained = read_ends(folder / "diagnostics")
+    curves = {} if trained is None else trained.curves
+    by_layer = {key: dict(zip(map(float, c.layer), c.value, strict=True)) for key, c in curves.items()}
+    run = Run(folder, name, spec, settings, metrics, series, state.get("total_steps"), untrained, trained, by_layer)
+    for path in sorted(folder.glob("evaluations/*/results.json")):
+        _add_results(run, json.loads(path.read_text()))
+    return run
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
@@ -173,15 +179,15 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _one_number(differences: Mapping[str, list[Any]]) -> tuple[str, list[float]] | None:
+def one_number(differences: Mapping[str, list[Any]]) -> tuple[str, list[float]] | None:
     """The setting that differs, with its values, if it is a single one and a number."""
     numbers = [(key, values) for key, values in differences.items() if all(map(is_number, values))]
     return numbers[0] if len(numbers) == len(differences) == 1 else None
 
 
-def _in_order(groups: list[list[Run]]) -> list[list[Run]]:
+def in_order(groups: list[list[Run]]) -> list[list[Run]]:
     """Groups of runs by the one number in which they differ; as they are if they differ otherwise."""
-    setting = _one_number(differing([some[0].settings for some in groups]))
+    setting = one_number(differing([some[0].settings for some in groups]))
     if setting is None:
         return groups
     return [some for _, some in sorted(zip(setting[1], groups, strict=True), key=lambda pair: pair[0])]
@@ -213,18 +219,30 @@ def _add_evaluations(runs: Sequence[Run], folder: Path) -> None:
     """
     added = 0
     for path in sorted(folder.rglob("results.json")):
-        for row in json.loads(path.read_text()):
-            checkpoint = Path(str(row.get("checkpoint") or "")).absolute()
-            for run in runs:
-                if not row["axis"] and checkpoint.is_relative_to(run.folder.absolute()):
-                    series = f" {row['series']}" if row["series"] else ""
-                    run.metrics[f"evaluate/{row['protocol']}/{row['metric']}{series}"] = row["value"]
-                    added += 1
+        rows = json.loads(path.read_text())
+        for run in runs:
+            own = [row for row in rows if _is_about(row, run)]
+            _add_results(run, own)
+            added += len(own)
     if not added:
         raise ConfigError(f"--evaluations {folder}: no results.json there is about a checkpoint of these runs.")
 
 
-def _summary(name: str, runs: Sequence[Run], patterns: Sequence[str]) -> Group:
+def _is_about(row: Mapping[str, Any], run: Run) -> bool:
+    return Path(str(row.get("checkpoint") or "")).absolute().is_relative_to(run.folder.absolute())
+
+
+def _add_results(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        key = f"evaluate/{row['protocol']}/{row['metric']} {row['series']}".strip()
+        if row["axis"]:
+            run.by_layer.setdefault(key, {})[float(row["at"])] = row["value"]
+        else:
+            run.metrics[key] = row["value"]
+
+
+def summary(name: str, runs: Sequence[Run], patterns: Sequence[str]) -> Group:
+    """Runs that differ in their seed alone, as a group whose metrics match one of some patterns."""
     known = dict.fromkeys(key for run in runs for key in run.metrics)
     keys = [k for k in known if any(fnmatch(k, pattern) for pattern in patterns) and "chance" not in k]
     return Group(
@@ -235,6 +253,11 @@ def _summary(name: str, runs: Sequence[Run], patterns: Sequence[str]) -> Group:
         [run.series.get("train/lambda", []) for run in runs],
         average([run.trained for run in runs if run.trained is not None]),
         average([run.untrained for run in runs if run.untrained is not None]),
+        {
+            key: {at: Cell([run.by_layer[key][at] for run in runs]) for at in runs[0].by_layer[key]}
+            for key in runs[0].by_layer
+            if all(run.by_layer.get(key, {}).keys() == runs[0].by_layer[key].keys() for run in runs)
+        },
     )
 
 

@@ -10,6 +10,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import itertools
 import keyword
 import os
 import re
@@ -172,6 +173,34 @@ class Composer:
                 problems.append(f"{_text(o)}: null cannot be one of several choices; run {group}=null on its own.")
         _refuse(problems)
         return parsed
+
+    def axes(self, overrides: Sequence[Override], first: DictConfig) -> list[list[str]]:
+        """What a sweep combines: the overrides of each key, one for every value; the last mention of a key wins.
+
+        Args:
+            overrides: Of the command line.
+            first: Composed from those that are no sweep; its files may name further values to sweep over.
+
+        Raises:
+            NotImplementedError: What is swept over is decided later, by a sweeper other than Hydra's own.
+        """
+        parameters = first.hydra.sweeper.get("params") or {}
+        values: dict[str, list[str]] = {}
+        for override in [*self.parse([f"{key}={value}" for key, value in parameters.items()]), *overrides]:
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                values[key] = [override.input_line or ""]
+            elif override.is_discrete_sweep():
+                values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                raise NotImplementedError(key)
+        return list(values.values())
+
+    def folders(self, overrides: Sequence[str]) -> list[Path]:
+        """The run folders of a command line, be it one run or a sweep."""
+        parsed = self.parse(overrides)
+        first = self.load([_text(o) for o in parsed if not o.is_sweep_override()])
+        return [run_dir(finish(self.load(list(job)))) for job in itertools.product(*self.axes(parsed, first))]
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         key = tuple(dict.fromkeys([*overrides, *self._search]))

@@ -51,7 +51,9 @@ class ScaledByDepth:
         return functional_call(self._pass, scaled, (method, *arguments))
 
 
-def weights_by_depth(value: float | Mapping[str, float | str] | Sequence[float], depth: int) -> Callable[[float], float]:
+def weights_by_depth(
+    value: float | Mapping[str, float | str] | Sequence[float], depth: int
+) -> Callable[[float], float]:
     """Share of the depth, from 0 (first block) to 1 (last block) -> weight.
 
     Args:
@@ -61,8 +63,8 @@ def weights_by_depth(value: float | Mapping[str, float | str] | Sequence[float],
     Raises:
         ValueError: There are more or fewer weights than blocks, or one is outside [0, 1].
 
-    >>> weights_by_depth([0.1, 0.2, 0.9], 3)(0.5), weights_by_depth({"schedule": "linear", "start": 0, "end": 1}, 3)(0.5)
-    (0.2, 0.5)
+    >>> weights_by_depth([0.1, 0.2, 0.9], 3)(0.5)
+    0.2
     """
     if not isinstance(value, Sequence):
         return weight_schedule(value)

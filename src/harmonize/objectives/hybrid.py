@@ -33,9 +33,9 @@ class Hybrid(nn.Module):
         mim_view: ``own``: the MIM objective's own recipe; ``contrastive``: the first contrastive view.
         contrastive_input: ``clean``: queries see whole views; ``masked``: they see views masked as in MIM (keys
             always see whole views).
-        lambda_by_depth: Weights of the contrastive loss over the depth of the encoder: one for each block, or a schedule
-            whose start is at the first block and whose end at the last. Heads, decoder and the loss that is logged keep
-            ``lambda_``, which must then be a number within (0, 1). None: ``lambda_`` for all blocks.
+        lambda_by_depth: Weights of the contrastive loss over the depth of the encoder: one for each block, or a
+            schedule whose start is at the first block and whose end at the last. Heads, decoder and the loss that is
+            logged keep ``lambda_``, which must then be a number within (0, 1). None: ``lambda_`` for all blocks.
         share_views: Encode the masked view once for both parts: it is the first contrastive view, and its tokens make
             both the reconstruction and the first query. Where only one part has a weight there is nothing to share.
 

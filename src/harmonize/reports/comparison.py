@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class Group:
         weights: lambda over the steps of each run; empty where there is none.
         trained: Diagnostics: mean and standard deviation over the runs.
         untrained: The same before the first step.
+        by_layer: What runs over blocks, or another axis: its name -> place -> values over the runs.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Group:
     weights: list[list[tuple[int, float]]]
     trained: Findings
     untrained: Findings
+    by_layer: dict[str, dict[float, Cell]] = field(default_factory=dict)
 
 
 def write_comparison(

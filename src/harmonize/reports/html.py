@@ -154,7 +154,7 @@ def _curve_cards(
         curves = [f.curves[key] for key in (name, name + ATTENTION) for f in found.values() if key in f.curves]
         quantities = list(dict.fromkeys(curve.quantity for curve in curves))
         plot = inline_svg(save_figure(folder, name, figure), f"{slug(name)}-", quantities[0].title)
-        yield Card(quantities, name, "", "", plot, _depth_table(name, found, untrained, references))
+        yield Card(quantities, name, "", "", plot, depth_table(name, found, untrained, references))
 
 
 def _surface_cards(folder: Path, found: Mapping[str, Findings]) -> Iterator[Card]:
@@ -217,7 +217,7 @@ def inline_svg(svg: str, prefix: str, title: str) -> str:
     )
 
 
-def _depth_table(
+def depth_table(
     name: str, found: Mapping[str, Findings], untrained: Mapping[str, Findings], references: Sequence[Reference]
 ) -> str:
     """Blocks down, networks across; after each network its untrained state."""
@@ -283,7 +283,7 @@ def _page(
     networks: Sequence[Network], cards: Sequence[Card], heading: str, command: str, overview: str, spread: str
 ) -> str:
     sections: dict[str, list[Card]] = {}
-    for card in sorted(cards, key=lambda card: _place(card.quantities[0].figure)):
+    for card in sorted(cards, key=lambda card: figure_place(card.quantities[0].figure)):
         sections.setdefault(card.quantities[0].figure or BEYOND, []).append(card)
     contents = "\n".join(
         f'<li><a href="#{slug(figure)}">{escape(_section_title(figure))}</a> '
@@ -332,7 +332,7 @@ def _section(figure: str, cards: Sequence[Card]) -> str:
 def _card(card: Card) -> str:
     first, *others = card.quantities
     note = f" <span>{escape(card.note)}</span>" if card.note else ""
-    words = [_definition(first)]
+    words = [definition_html(first)]
     words += [f"<p>Half blocks: {escape(q.definition)}</p>" for q in others if q.definition != first.definition]
     table = f"<details><summary>Numbers</summary>{card.table}</details>" if card.table else ""
     return (
@@ -341,7 +341,8 @@ def _card(card: Card) -> str:
     )
 
 
-def _definition(quantity: Quantity) -> str:
+def definition_html(quantity: Quantity) -> str:
+    """What a quantity means, and where it is from."""
     source = f'<p class="source">Source: {escape(quantity.source)}</p>' if quantity.source else ""
     return f"<p>{escape(quantity.definition)}</p>{source}"
 
@@ -351,8 +352,8 @@ def _section_title(figure: str) -> str:
     return f"{figure}: {subject}" if subject else figure
 
 
-def _place(figure: str) -> tuple[float, str]:
-    """Figures of the main text by number, then those of the appendix, then what the paper does not have."""
+def figure_place(figure: str) -> tuple[float, str]:
+    """A key to sort by: figures of the main text by number, those of the appendix, what is not the paper's."""
     number = re.search(r"Figure (\d+)", figure)
     return (float(number[1]) if number else math.inf, figure or "~")
 

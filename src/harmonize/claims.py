@@ -1,0 +1,224 @@
+"""Claims about groups of runs, and what the runs say: supported, contradicted, or not supported.
+
+A claim says that a quantity is larger in one group than in another. It is supported where the 95 % interval of the
+difference of their means (Welch's, over runs that differ in their seed) lies above 0, contradicted where it lies below,
+and not supported where it holds 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harmonize.reports.comparison import Cell, Group
+from harmonize.types import ConfigError
+
+LAYERS = ("first", "early", "middle", "late", "last", "all", "best", "fall")
+"""Of an axis: its first place, thirds, its last place, the mean over all, its largest value, that minus the last."""
+
+SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTED = "supported", "contradicted", "not supported", "not tested"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a claim.
+
+    Attributes:
+        group: Name of the group of runs.
+        quantity: A metric, or a curve over blocks or another axis.
+        layers: What of the curve is meant, one of :data:`LAYERS`; empty for a metric.
+        minus: What is taken off, run by run in the order of their seeds; None: nothing.
+    """
+
+    group: str
+    quantity: str
+    layers: str = ""
+    minus: Side | None = None
+
+    def __str__(self) -> str:
+        layers = f" ({self.layers})" if self.layers else ""
+        return f"{self.group}{layers}" + (f" minus {self.minus}" if self.minus else "")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A testable statement.
+
+    Attributes:
+        text: In words.
+        more: Where the quantity is claimed to be larger.
+        less: Where it is claimed to be smaller.
+        source: Where the claim is from, such as ``Figure 4``.
+        remark: What a reader of the verdict should know.
+    """
+
+    text: str
+    more: Side
+    less: Side
+    source: str = ""
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What runs say about a claim.
+
+    Attributes:
+        claim: The claim.
+        verdict: ``supported``, ``contradicted``, ``not supported`` or, without two runs on either side, ``not tested``.
+        more: The values of the side that is claimed to be larger, one per run.
+        less: Those of the other side.
+        difference: Of the means.
+        low: Lower end of its 95 % interval; NaN if it cannot be had.
+        high: Upper end.
+        effect: The difference in standard deviations (Hedges' g); NaN if there is no spread.
+    """
+
+    claim: Claim
+    verdict: str
+    more: Cell
+    less: Cell
+    difference: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    effect: float = math.nan
+
+
+def read_claim(node: Mapping[str, Any]) -> Claim:
+    """A claim as ``findings.yaml`` writes it.
+
+    ``quantity`` and ``layers`` hold for both sides, unless a side is a mapping with its own:
+    ``{claim: ..., quantity: nmi, layers: late, more: MIM, less: CL}``.
+
+    Raises:
+        ConfigError: A part is missing or unknown.
+
+    >>> best = {"group": "MIM", "layers": "best"}
+    >>> node = {"claim": "a", "quantity": "nmi", "layers": "late", "more": best, "less": "CL"}
+    >>> str(read_claim(node).more), str(read_claim(node).less)
+    ('MIM (best)', 'CL (late)')
+    """
+    unknown = set(node) - {"claim", "quantity", "layers", "more", "less", "source", "remark"}
+    missing = {"claim", "more", "less"} - set(node)
+    if unknown or missing:
+        what = ", ".join(sorted(unknown or missing))
+        raise ConfigError(f"Claim {node.get('claim')!r}: {what} {'is unknown' if unknown else 'is missing'}.")
+
+    def side(part: Any) -> Side:
+        own = {"group": part} if isinstance(part, str) else dict(part)
+        minus = own.pop("minus", None)
+        merged = {key: node[key] for key in ("quantity", "layers") if key in node} | own
+        if set(merged) - {"group", "quantity", "layers"} or not {"group", "quantity"} <= set(merged):
+            raise ConfigError(f"Claim {node['claim']!r}: a side has group, quantity and, if need be, layers and minus.")
+        if merged.get("layers", "first") not in LAYERS:
+            known = ", ".join(LAYERS)
+            raise ConfigError(f"Claim {node['claim']!r}: layers must be one of {known}, not {merged['layers']}.")
+        return Side(**merged, minus=None if minus is None else side(minus))
+
+    return Claim(
+        str(node["claim"]),
+        side(node["more"]),
+        side(node["less"]),
+        str(node.get("source", "")),
+        " ".join(str(node.get("remark", "")).split()),
+    )
+
+
+def judge(claim: Claim, groups: Mapping[str, Group]) -> Verdict:
+    """What groups of runs say about a claim.
+
+    Raises:
+        ConfigError: A side names a group or a quantity that there is not.
+    """
+    more, less = values(claim.more, groups), values(claim.less, groups)
+    sides = Cell(more), Cell(less)
+    if min(len(more), len(less)) < 2:
+        return Verdict(claim, UNTESTED, *sides)
+    difference, low, high = difference_of_means(more, less)
+    verdict = SUPPORTED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
+    return Verdict(claim, verdict, *sides, difference, low, high, hedges_g(more, less))
+
+
+def values(side: Side, groups: Mapping[str, Group]) -> list[float]:
+    """One value per run of a side.
+
+    Raises:
+        ConfigError: There is no such group or quantity, or ``minus`` has another number of runs.
+    """
+    if side.group not in groups:
+        raise ConfigError(f"There is no group {side.group}; there are {', '.join(groups)}.")
+    group = groups[side.group]
+    if side.quantity in group.by_layer:
+        if not side.layers:
+            raise ConfigError(f"{side.quantity} has a value for every layer: a claim about it needs layers.")
+        found = _reduce(group.by_layer[side.quantity], side.layers)
+    elif side.quantity in group.cells:
+        found = group.cells[side.quantity].values
+    else:
+        raise ConfigError(f"{side.group}: {side.quantity} has not been measured.")
+    if side.minus is None:
+        return found
+    other = values(side.minus, groups)
+    if len(other) != len(found):
+        raise ConfigError(f"{side}: there are {len(found)} and {len(other)} runs, which cannot be paired.")
+    return [a - b for a, b in zip(found, other, strict=True)]
+
+
+def _reduce(curve: Mapping[float, Cell], layers: str) -> list[float]:
+    """One value per run of a curve; the input of the first block takes no part."""
+    places = sorted(at for at in curve if at > 0)
+    third = max(1, len(places) // 3)
+    runs = list(zip(*(curve[at].values for at in places), strict=True))
+    if layers == "best":
+        return [max(run) for run in runs]
+    if layers == "fall":
+        return [max(run) - run[-1] for run in runs]
+    parts = {
+        "first": slice(0, 1),
+        "early": slice(0, third),
+        "middle": slice(third, len(places) - third),
+        "late": slice(len(places) - third, None),
+        "last": slice(len(places) - 1, None),
+        "all": slice(None),
+    }
+    return [statistics.fmean(run[parts[layers]] or run) for run in runs]
+
+
+def difference_of_means(more: Sequence[float], less: Sequence[float]) -> tuple[float, float, float]:
+    """Difference of two means and its 95 % interval by Welch's t, which lets the two spreads differ.
+
+    Args:
+        more: At least two values.
+        less: At least two values.
+
+    Returns:
+        The difference, and the ends of the interval; NaN where no value differs from its group's others.
+
+    >>> [round(x, 3) for x in difference_of_means([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])]
+    [3.0, 0.733, 5.267]
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ConfigError("Findings need scipy: pip install 'harmonize[report]'.") from error
+    difference = statistics.fmean(more) - statistics.fmean(less)
+    if statistics.pstdev(more) == statistics.pstdev(less) == 0:
+        return difference, math.nan, math.nan
+    interval = stats.ttest_ind(more, less, equal_var=False).confidence_interval(0.95)
+    return difference, float(interval.low), float(interval.high)
+
+
+def hedges_g(more: Sequence[float], less: Sequence[float]) -> float:
+    """Difference of two means in pooled standard deviations, corrected for small samples (Hedges 1981).
+
+    >>> round(hedges_g([3.0, 4.0, 5.0], [0.0, 1.0, 2.0]), 3)
+    2.4
+    """
+    n, m = len(more), len(less)
+    pooled = math.sqrt(((n - 1) * statistics.variance(more) + (m - 1) * statistics.variance(less)) / (n + m - 2))
+    if pooled == 0:
+        return math.nan
+    return (statistics.fmean(more) - statistics.fmean(less)) / pooled * (1 - 3 / (4 * (n + m) - 9))
