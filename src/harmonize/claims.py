@@ -128,11 +128,7 @@ def read_claim(node: Mapping[str, Any]) -> Claim:
 
 
 def judge(claim: Claim, groups: Mapping[str, Group]) -> Verdict:
-    """What groups of runs say about a claim.
-
-    Raises:
-        ConfigError: A side names a group or a quantity that there is not.
-    """
+    """What groups of runs say about a claim; without the groups or the quantity, that it is not tested."""
     more, less = values(claim.more, groups), values(claim.less, groups)
     sides = Cell(more), Cell(less)
     if min(len(more), len(less)) < 2:
@@ -143,28 +139,26 @@ def judge(claim: Claim, groups: Mapping[str, Group]) -> Verdict:
 
 
 def values(side: Side, groups: Mapping[str, Group]) -> list[float]:
-    """One value per run of a side.
+    """One value per run of a side; none if the group or the quantity is not there.
 
     Raises:
-        ConfigError: There is no such group or quantity, or ``minus`` has another number of runs.
+        ConfigError: A curve is meant, but not where on it, or ``minus`` has another number of runs.
     """
-    if side.group not in groups:
-        raise ConfigError(f"There is no group {side.group}; there are {', '.join(groups)}.")
-    group = groups[side.group]
+    group = groups.get(side.group)
+    if group is None:
+        return []
     if side.quantity in group.by_layer:
         if not side.layers:
             raise ConfigError(f"{side.quantity} has a value for every layer: a claim about it needs layers.")
         found = _reduce(group.by_layer[side.quantity], side.layers)
-    elif side.quantity in group.cells:
-        found = group.cells[side.quantity].values
     else:
-        raise ConfigError(f"{side.group}: {side.quantity} has not been measured.")
+        found = group.cells[side.quantity].values if side.quantity in group.cells else []
     if side.minus is None:
         return found
     other = values(side.minus, groups)
-    if len(other) != len(found):
+    if found and other and len(other) != len(found):
         raise ConfigError(f"{side}: there are {len(found)} and {len(other)} runs, which cannot be paired.")
-    return [a - b for a, b in zip(found, other, strict=True)]
+    return [a - b for a, b in zip(found, other, strict=False)]
 
 
 def _reduce(curve: Mapping[float, Cell], layers: str) -> list[float]:

@@ -6,6 +6,7 @@ their settings, and the claims that are to be judged (``experiments/findings.yam
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,19 +23,20 @@ from harmonize.comparison import METRICS, Run, group, in_order, labels, one_numb
 from harmonize.comparison import differing as differing_settings
 from harmonize.config import composer
 from harmonize.files import digest, write_whole
-from harmonize.reports.comparison import Group
+from harmonize.reports.comparison import Cell, Group
 from harmonize.reports.study import (
     MARKS,
     Finding,
     Study,
     groups_from_plain,
     groups_to_plain,
+    write_figures,
     write_findings,
     write_study_page,
 )
 from harmonize.types import ConfigError
 
-KEYS = {"question", "runs", "groups", "curves", "axes", "over", "pictures", "claims", "metrics"}
+KEYS = {"question", "runs", "groups", "curves", "axes", "rows", "over", "pictures", "claims", "metrics"}
 
 
 def main(arguments: list[str]) -> int:
@@ -134,15 +136,22 @@ def _study(
             raise ConfigError(f"{name}: no runs are there yet; start them with: {_commands(node, settings)[0]}")
         console.print(f"{name}: from {kept}, since its runs are not here.")
         groups = groups_from_plain(json.loads(kept.read_text()))
-    elif collect:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, (json.dumps(groups_to_plain(groups), separators=(",", ":")) + "\n").encode())
+    else:
+        for file in node.get("rows", []):
+            _add_rows(groups, folder / file)
+        if collect:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            plain = groups_to_plain(groups)
+            write_whole(kept, (json.dumps(plain, separators=(",", ":")) + "\n").encode())
+            groups = groups_from_plain(plain)  # what is shown is what is kept
     by_name = {one.name: one for one in groups}
-    findings = [_finding(read_claim(claim), by_name) for claim in node.get("claims", [])]
+    findings = [
+        _finding(read_claim(claim), by_name, list(map(str, node["groups"]))) for claim in node.get("claims", [])
+    ]
     over = None
     if "over" in node:
         over = node["over"], [float(node["groups"][one.name][node["over"]]) for one in groups]
-    return Study(
+    study = Study(
         name,
         str(node["question"]),
         _commands(node, settings),
@@ -153,6 +162,22 @@ def _study(
         pictures={folder / file: text for file, text in node.get("pictures", {}).items() if (folder / file).exists()},
         findings=findings,
     )
+    if collect:
+        write_figures(folder / name / "figures", study)
+    return study
+
+
+def _add_rows(groups: Sequence[Group], path: Path) -> None:
+    """Add what a script has measured: rows of group, seed, quantity, place on its axis and value."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
+    for one in groups:
+        for row in rows:
+            if row["group"] == one.name:
+                curve = one.by_layer.setdefault(row["quantity"], {})
+                curve.setdefault(float(row["at"]), Cell([])).values.append(float(row["value"]))
 
 
 def _commands(node: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
@@ -182,10 +207,16 @@ def _groups_of(name: str, node: Mapping[str, Any], settings: Sequence[str], cons
 
 
 def _fits(run: Run, wanted: Mapping[str, Any]) -> bool:
-    return all(run.settings.get(key) == value for key, value in wanted.items())
+    """Whether a run has some settings; one that is a schedule, say, has keys of its own."""
+    flat = {f"{key}.{k}": v for key, value in wanted.items() if isinstance(value, Mapping) for k, v in value.items()}
+    flat |= {key: value for key, value in wanted.items() if not isinstance(value, Mapping)}
+    return all(key in run.settings and run.settings[key] == value for key, value in flat.items())
 
 
-def _finding(claim: Claim, groups: Mapping[str, Group]) -> Finding:
+def _finding(claim: Claim, groups: Mapping[str, Group], declared: Sequence[str]) -> Finding:
+    sides = [side for one in (claim.more, claim.less) for side in (one, one.minus) if side is not None]
+    if unknown := [side.group for side in sides if side.group not in declared]:
+        raise ConfigError(f"Claim {claim.text!r}: there is no group {unknown[0]}; there are {', '.join(declared)}.")
     verdict = judge(claim, groups)
     return Finding(
         claim.text,

@@ -176,6 +176,44 @@ def test_hydra_writes_nothing_on_its_own(composers, command):
     assert Path(composers[command].load(["run.root=elsewhere"]).hydra.sweep.dir).parts[0] == "elsewhere"
 
 
+STUDIES = ["self_attention", "representation", "components", "hybrid", "scaling", "lambda_schedule", "lambda_per_block"]
+STUDIES += ["shared_views", "supervised"]
+
+
+@pytest.mark.parametrize("scale", GROUPS["scale"])
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_goes_at_every_scale(conf, study, scale):
+    check(conf, [f"experiment={study}", f"scale={scale}"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_scale_suits_every_loss(conf, loss):
+    check(conf, [f"loss={loss}", "scale=laptop"])
+    cfg = conf.load([f"loss={loss}", "scale=laptop"])
+    assert (cfg.backbone.width, cfg.data.clutter, cfg.trainer.max_steps) == (64, 0.1, 800)
+    sizes = [value for key, value in cfg.loss.items() if key in ("hidden_dim", "decoder_width")]
+    assert set(sizes) <= {512, 64}
+    assert OmegaConf.select(conf.load(["loss=contrastive"]), "loss.hidden_dim") == 4096
+
+
+def test_studies_share_their_runs(conf):
+    """Three seeds each; what another study has trained is not trained again."""
+    folders = {study: conf.folders([f"experiment={study}"]) for study in STUDIES}
+    num = {"self_attention": 9, "representation": 9, "components": 6, "hybrid": 18, "scaling": 18}
+    num |= {"lambda_schedule": 9, "lambda_per_block": 12, "shared_views": 6, "supervised": 3}
+    assert {study: len(set(runs)) for study, runs in folders.items()} == num
+    assert set(folders["self_attention"]) == set(folders["representation"]) < set(folders["hybrid"])
+    shared = {study: len(set(folders[study]) & set(folders["hybrid"])) for study in STUDIES}
+    assert shared == num | {"components": 3, "scaling": 6, "lambda_schedule": 3, "lambda_per_block": 3} | {
+        "shared_views": 3,
+        "supervised": 0,
+    }
+    larger = conf.folders(["experiment=hybrid", "scale=gpu"])
+    assert len(set(larger)) == 18
+    assert not set(larger) & set(folders["hybrid"])
+    assert len(conf.folders(["loss=mim", "seed=3"])) == 1
+
+
 def test_smoke_is_short(conf):
     trainer = conf.load(["trainer=smoke"]).trainer
     assert (trainer.max_steps, trainer.limit_val_batches) == (10, 2)

@@ -7,7 +7,7 @@ import torch
 
 from harmonize.functional.layers import layer_of
 from harmonize.objectives.contrastive import Contrastive
-from harmonize.objectives.depth import ScaledByDepth
+from harmonize.objectives.depth import ScaledByDepth, weights_by_depth
 from harmonize.objectives.hybrid import Hybrid
 from harmonize.objectives.mim import MaskedAutoencoder, MaskedImageModeling
 from harmonize.types import Progress
@@ -62,6 +62,22 @@ def test_the_same_weight_at_every_depth_is_the_plain_hybrid():
     assert loss == plain_loss
     for name, gradient in mixed.items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_a_list_names_the_weight_of_every_block():
+    depth = tiny_encoder().spec.depth
+    ends = [LINEAR["start"], LINEAR["end"]]
+    assert len(ends) == depth
+    listed, scheduled = gradients(0.3, ends)[1], gradients(0.3, LINEAR)[1]
+    assert all(torch.equal(listed[name], scheduled[name]) for name in scheduled)
+    at = weights_by_depth([0.1, 0.7, 0.2, 0.9], 4)
+    assert [at(i / 3) for i in range(4)] == [0.1, 0.7, 0.2, 0.9]
+
+
+@pytest.mark.parametrize(("weights", "sentence"), [([0.1], "has 1 weights"), ([0.1, 1.5], "must be a number between")])
+def test_a_list_fits_the_network(weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        gradients(0.3, weights)
 
 
 def test_a_block_can_be_taken_out_without_those_below_it():

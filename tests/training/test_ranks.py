@@ -24,6 +24,7 @@ def test_two_processes_give_what_one_gives(measured, tmp_path, monkeypatch, stra
     DropPath draws per rank, so it is off; Adam's eps is large, see test_module.py.
     """
     same = [*measured, "backbone.drop_path=0", "optimizer.eps=1e-3", "optimizer.clip=0.5", "trainer.max_steps=7"]
+    same.append("evaluate=[knn]")
     straight = tmp_path / "straight"
     run(*same, f"run.dir={straight}")
     if goes_on:
@@ -45,6 +46,7 @@ def test_two_processes_give_what_one_gives(measured, tmp_path, monkeypatch, stra
         for key, moment in moments.items():  # elements near zero carry the rounding of the large ones
             atol = 1e-4 * moment.abs().max().item()
             torch.testing.assert_close(b["state"][number][key], moment, rtol=1e-4, atol=atol, msg=f"{number} {key}")
+    assert "evaluate/knn/top1 k=20, temperature=0.07" in rows(tmp_path / "run")[-1]
     leave_out = PER_RANK + PER_TERM * (strategy == "fsdp")
     for row, other in zip(comparable(straight, leave_out), comparable(tmp_path / "run", leave_out), strict=True):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-5)

@@ -107,13 +107,14 @@ def over_setting(setting: str, values: Sequence[float], lines: Mapping[str, Sequ
     return _plot(data, setting, "%", title)
 
 
-def lines_over(axis: str, lines: Mapping[str, Mapping[float, Cell]], title: str) -> str:
-    """A quantity over an axis, a line for each group with its spread over seeds; in percent."""
+def lines_over(axis: str, lines: Mapping[str, Mapping[float, Cell]], title: str, percent: bool) -> str:
+    """A quantity over an axis, a line for each group with its spread over seeds."""
+    scale = 100 if percent else 1
     data = []
     for (label, cells), color, symbol in zip(lines.items(), colors(len(lines)), _symbols(len(lines)), strict=True):
-        points = [(at, 100 * cell.mean, 100 * cell.sd) for at, cell in sorted(cells.items())]
+        points = [(at, scale * cell.mean, scale * cell.sd) for at, cell in sorted(cells.items())]
         data += _with_band(points, label, color, symbol)
-    return _plot(data, axis, "%", title)
+    return _plot(data, axis, "%" if percent else "", title)
 
 
 def _with_band(
@@ -175,7 +176,7 @@ def _symbols(count: int) -> list[str]:
 
 def _plot(data: list[dict[str, Any]], across: str, up: str, title: str) -> str:
     axis = {"zeroline": False, "ticks": "outside", "automargin": True}
-    up = textwrap.fill(up, 34, break_on_hyphens=False).replace("\n", "<br>")
+    up = textwrap.fill(up, 28, break_on_hyphens=False).replace("\n", "<br>")
     layout = {
         "autosize": True,
         "xaxis": axis | {"title": {"text": across}},

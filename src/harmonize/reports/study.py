@@ -15,8 +15,8 @@ from typing import Any
 from harmonize import __version__
 from harmonize.files import finite, write_whole
 from harmonize.reports import interactive
-from harmonize.reports.comparison import ACROSS, UP, Cell, Group, metric_rows
-from harmonize.reports.figures import depth_names
+from harmonize.reports.comparison import ACROSS, UP, Cell, Group, metric_rows, over_setting, trade_off
+from harmonize.reports.figures import depth_figure, depth_names
 from harmonize.reports.files import from_plain, to_plain
 from harmonize.reports.html import (
     STYLE,
@@ -29,6 +29,7 @@ from harmonize.reports.html import (
     table,
 )
 from harmonize.reports.references import references_for
+from harmonize.reports.style import to_png
 from harmonize.types import EncoderSpec, Findings
 
 MARKS = {"supported": "✓", "contradicted": "✗", "not supported": "–", "not tested": "·"}
@@ -167,6 +168,25 @@ def write_findings(folder: Path, studies: Sequence[Study]) -> None:
     write_whole(folder / "FINDINGS.md", findings_markdown(studies).encode())
 
 
+def write_figures(folder: Path, study: Study) -> None:
+    """Write the figures of a study as PNG files, to be shown where nothing is interactive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {one.name: one.trained for one in study.groups}
+    first = next((one for one in study.groups if one.untrained.curves), None)
+    before = {first.name: first.untrained} if first is not None else {}
+    drawn = {
+        name: depth_figure(name, found, before)
+        for name in depth_names(found.values())
+        if study.curves is None or name in study.curves
+    }
+    drawn["trade_off"] = trade_off(study.groups)
+    if study.over is not None:
+        drawn["over"] = over_setting(study.groups, *study.over)
+    for name, figure in drawn.items():
+        if figure is not None:
+            write_whole(folder / f"{name}.png", to_png(figure))
+
+
 def findings_markdown(studies: Sequence[Study]) -> str:
     """The claims of all studies as a table in Markdown."""
     lines = ["| | claim | from | measured | difference (95 % interval) | effect | n |", "|---|---|---|---|---|---|---|"]
@@ -275,18 +295,24 @@ def _cards(study: Study) -> list[str]:
     for key, axis in study.axes.items():
         over = {one.name: one.by_layer[key] for one in groups if key in one.by_layer}
         if over:
-            places = sorted(next(iter(over.values())))
-            rows = [[f"{at:.3g}", *(number(100 * c[at].mean, 100 * c[at].sd) for c in over.values())] for at in places]
-            numbers = f"<details><summary>Numbers (%)</summary>{table([axis, *over], rows)}</details>"
-            title = key.removeprefix("evaluate/")
-            cards.append(
-                _card(f"{study.name}-{slug(key)}", escape(title), interactive.lines_over(axis, over, title), numbers)
-            )
+            cards.append(_axis_card(f"{study.name}-{key}", key, axis, over))
     for path, caption in study.pictures.items():
         data = base64.b64encode(path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
         cards.append(_card(f"{study.name}-{path.stem}", escape(caption), image, ""))
     return cards
+
+
+def _axis_card(identity: str, key: str, axis: str, over: Mapping[str, Mapping[float, Cell]]) -> str:
+    percent = key.startswith("evaluate/")
+    scale, title = 100 if percent else 1, key.removeprefix("evaluate/")
+    places = sorted({at for curve in over.values() for at in curve})
+    rows = [
+        [f"{at:.3g}", *(number(scale * c[at].mean, scale * c[at].sd) if at in c else "" for c in over.values())]
+        for at in places
+    ]
+    numbers = f"<details><summary>Numbers{' (%)' * percent}</summary>{table([axis, *over], rows)}</details>"
+    return _card(identity, escape(title), interactive.lines_over(axis, over, title, percent), numbers)
 
 
 def _card(identity: str, title: str, plot: str, text: str) -> str:
