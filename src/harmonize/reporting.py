@@ -30,8 +30,8 @@ from harmonize.reports.study import (
     Study,
     groups_from_plain,
     groups_to_plain,
-    write_figures,
     write_findings,
+    write_results,
     write_study_page,
 )
 from harmonize.types import ConfigError
@@ -163,7 +163,7 @@ def _study(
         findings=findings,
     )
     if collect:
-        write_figures(folder / name / "figures", study)
+        write_results(folder / name, study)
     return study
 
 

@@ -111,10 +111,10 @@ def write_comparison(
     parts += ["<h2>What differs in their settings</h2>", table(["", *head[1:]], settings)]
     pictures = "\n\n".join(f"![{title}](figures/{name}.png)" for name, (title, _) in figures.items())
     text = [
-        _markdown(head, rows),
+        markdown_table(head, rows),
         pictures,
         "Settings that differ:",
-        _markdown(head, settings),
+        markdown_table(head, settings),
         f"Made by `{command}`.",
     ]
     write_whole(folder / "comparison.md", ("\n\n".join(filter(None, text)) + "\n").encode())
@@ -218,7 +218,8 @@ def _bar(cell: Cell, scale: float = 1.0) -> float | None:
     return scale * cell.sd if cell.sd > 0 else None
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing without rows."""
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]

@@ -15,7 +15,7 @@ from typing import Any
 from harmonize import __version__
 from harmonize.files import finite, write_whole
 from harmonize.reports import interactive
-from harmonize.reports.comparison import ACROSS, UP, Cell, Group, metric_rows, over_setting, trade_off
+from harmonize.reports.comparison import ACROSS, UP, Cell, Group, markdown_table, metric_rows, over_setting, trade_off
 from harmonize.reports.figures import depth_figure, depth_names
 from harmonize.reports.files import from_plain, to_plain
 from harmonize.reports.html import (
@@ -168,34 +168,54 @@ def write_findings(folder: Path, studies: Sequence[Study]) -> None:
     write_whole(folder / "FINDINGS.md", findings_markdown(studies).encode())
 
 
-def write_figures(folder: Path, study: Study) -> None:
-    """Write the figures of a study as PNG files, to be shown where nothing is interactive."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(folder: Path, study: Study) -> None:
+    """Write ``RESULTS.md`` and ``figures/`` of a study into a folder, for where nothing is interactive."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     found = {one.name: one.trained for one in study.groups}
     first = next((one for one in study.groups if one.untrained.curves), None)
     before = {first.name: first.untrained} if first is not None else {}
     drawn = {
-        name: depth_figure(name, found, before)
-        for name in depth_names(found.values())
-        if study.curves is None or name in study.curves
+        "trade_off": trade_off(study.groups),
+        "over": over_setting(study.groups, *study.over) if study.over is not None else None,
     }
-    drawn["trade_off"] = trade_off(study.groups)
-    if study.over is not None:
-        drawn["over"] = over_setting(study.groups, *study.over)
+    for name in depth_names(found.values()):
+        if study.curves is None or name in study.curves:
+            drawn[name] = depth_figure(name, found, before)
+    pictures = []
     for name, figure in drawn.items():
         if figure is not None:
-            write_whole(folder / f"{name}.png", to_png(figure))
+            write_whole(folder / "figures" / f"{name}.png", to_png(figure))
+            pictures.append(f"![{name.replace('_', ' ')}](figures/{name}.png)")
+    pictures += [f"{text}:\n\n![{text}](figures/{path.name})" for path, text in study.pictures.items()]
+    head = ["", *(f"{one.name} (n = {len(one.folders)})" for one in study.groups)]
+    parts = [
+        f"# {_title(study.name)}: results",
+        f"{study.question} Mean ± standard deviation over seeds. Made by `harmonize report`; "
+        "the numbers of all runs are in [results.json](results.json).",
+        markdown_table(head, metric_rows(study.groups)),
+        findings_markdown([study]).strip() if study.findings else "",
+        *pictures,
+    ]
+    write_whole(folder / "RESULTS.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
 
 
 def findings_markdown(studies: Sequence[Study]) -> str:
     """The claims of all studies as a table in Markdown."""
-    lines = ["| | claim | from | measured | difference (95 % interval) | effect | n |", "|---|---|---|---|---|---|---|"]
-    for study in studies:
-        for f in study.findings:
-            words = [f"{MARKS[f.verdict]} {f.verdict}", f.claim, f.source or study.name, _sides(f), _interval(f)]
-            words += [_short(f.effect), f"{len(f.more_values.values)} / {len(f.less_values.values)}"]
-            lines.append("| " + " | ".join(word.replace("|", "\\|") for word in words) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [
+            f"{MARKS[f.verdict]} {f.verdict}",
+            f.claim,
+            f.source or study.name,
+            _sides(f),
+            _interval(f),
+            _short(f.effect),
+            f"{len(f.more_values.values)} / {len(f.less_values.values)}",
+        ]
+        for study in studies
+        for f in study.findings
+    ]
+    head = ["", "claim", "from", "measured", "difference (95 % interval)", "effect", "n"]
+    return markdown_table(head, rows) + "\n"
 
 
 def _sides(f: Finding) -> str:
