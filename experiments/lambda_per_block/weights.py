@@ -2,8 +2,8 @@
 
     python experiments/lambda_per_block/weights.py RUN ...
 
-takes finished hybrid runs (several seeds) and prints a list for ``loss.lambda_by_depth``. In every block it is the weight
-whose mixture of the two gradients is the shortest, which is the direction that makes both losses smaller
+takes finished hybrid runs (several seeds) and prints a list for ``loss.lambda_by_depth``. In every block it is the
+weight whose mixture of the two gradients is the shortest, which is the direction that makes both losses smaller
 (multiple-gradient descent, Desideri 2012; Sener and Koltun, arXiv:1810.04650):
 
     lambda = (1 - c r) / (1 + r^2 - 2 c r)    with the cosine c and the ratio of norms r = |g_CL| / |g_MIM|
