@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "slurm": {"config", "sweeps", "types", "omegaconf", "submitit"},
     "comparison": {"arguments", "config", "files", "reports", "rules", "sweeps", "types", "rich"},
     "syncing": {"arguments", "config", "files", "training", "types", "rich", "wandb"},
+    "dashboard": ANYTHING,
     "config": ANYTHING,
     "cli": ANYTHING,
 }
@@ -67,6 +68,7 @@ ONLY_IN = {
         "inspection.py",
         "exporting.py",
         "plan.py",
+        "dashboard.py",
         "replay.py",
         "sweeps.py",
         "slurm.py",

@@ -45,6 +45,7 @@ commands
   compare    runs or a sweep: settings that differ, results over seeds, every diagnostic; as a page, tables and figures
   doctor     what is wrong with this machine, cluster or data set, and what to do
   sync       upload finished or offline runs to Weights & Biases
+  dashboard  make a workspace and a report of all runs in Weights & Biases
   shards     write a folder of images as WebDataset shards
   replay     show where a loss stopped being finite
 
@@ -264,6 +265,7 @@ TOOLS = {
     "compare": "harmonize.comparison",
     "doctor": "harmonize.doctor",
     "sync": "harmonize.syncing",
+    "dashboard": "harmonize.dashboard",
     "shards": "harmonize.sharding",
     "replay": "harmonize.replay",
 }
