@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "claims": {"reports", "types", "scipy"},
     "reporting": {"arguments", "claims", "comparison", "config", "files", "reports", "types", "omegaconf", "rich"},
     "syncing": {"arguments", "config", "files", "training", "types", "rich", "wandb"},
+    "dashboard": ANYTHING,
     "config": ANYTHING,
     "cli": ANYTHING,
 }
@@ -69,6 +70,7 @@ ONLY_IN = {
         "inspection.py",
         "exporting.py",
         "plan.py",
+        "dashboard.py",
         "replay.py",
         "reporting.py",
         "sweeps.py",

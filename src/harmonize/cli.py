@@ -46,6 +46,7 @@ commands
   report     one interactive page of runs, a sweep or a set of studies, with verdicts on claims
   doctor     what is wrong with this machine, cluster or data set, and what to do
   sync       upload finished or offline runs to Weights & Biases
+  dashboard  make a workspace and a report of all runs in Weights & Biases
   shards     write a folder of images as WebDataset shards
   replay     show where a loss stopped being finite
 
@@ -266,6 +267,7 @@ TOOLS = {
     "report": "harmonize.reporting",
     "doctor": "harmonize.doctor",
     "sync": "harmonize.syncing",
+    "dashboard": "harmonize.dashboard",
     "shards": "harmonize.sharding",
     "replay": "harmonize.replay",
 }

@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server: the little of its HTTP interface that a run uses."""
+"""A stand-in for W&B's server: the little of its HTTP interface that a run and the dashboard use."""
 
 import json
 import threading
@@ -10,15 +10,23 @@ class WandbServer(ThreadingHTTPServer):
 
     Args:
         fails: Whether it opens runs, and then answers whatever they send with an error.
+        refuses: What it answers whoever wants to save a view with.
+
+    Attributes:
+        history: Rows by run.
+        projects: Names of those that there are.
+        views: What saved workspaces and reports are made of, in the order in which they came.
     """
 
     daemon_threads = True
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: bool = False, refuses: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.fails = fails
+        self.fails, self.refuses = fails, refuses
         self.refused = 0
         self.history: dict[str, list[dict]] = {}
+        self.projects: list[str] = []
+        self.views: list[dict] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -34,13 +42,22 @@ class WandbServer(ThreadingHTTPServer):
         return {row["trainer/global_step"]: row[key] for row in self.history.get(run, ()) if key in row}
 
 
+def _project(name):
+    ids = {"id": "project", "name": name, "entityName": "somebody"}
+    return {**ids, "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: WandbServer
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         if self.path == "/graphql":
-            self._answer(200, {"data": self._graphql(json.loads(body))})
+            asked = json.loads(body)
+            if self.server.refuses and "upsertView" in asked["query"]:
+                self._answer(200, {"errors": [{"message": self.server.refuses}]})
+            else:
+                self._answer(200, {"data": self._graphql(asked)})
         elif self.server.fails:
             self.server.refused += 1
             self._answer(503, {})
@@ -65,6 +82,21 @@ class _Handler(BaseHTTPRequestHandler):
             }
             bucket = {"id": "run", **names, "config": "{}", "project": project, "historyLineCount": 0}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "upsertView" in asked["query"]:
+            self.server.views.append({**variables, "spec": json.loads(variables["spec"])})
+            project = {"id": "project", "name": variables["projectName"], "entityName": variables["entityName"]}
+            names = {name: variables[name] for name in ("type", "name", "displayName", "description", "spec")}
+            view = {"id": "view", **names, "project": project, "updatedAt": "2026-01-01T00:00:00"}
+            return {"upsertView": {"view": view, "inserted": True}}
+        if "upsertModel" in asked["query"]:
+            self.server.projects.append(variables["input"]["name"])
+            return {"result": {"project": None, "model": None, "inserted": True}}
+        if "models(" in asked["query"]:
+            nodes = [{"node": _project(name)} for name in self.server.projects]
+            return {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": nodes}}
+        if "internalId" in asked["query"]:
+            known = variables["projectName"] in self.server.projects
+            return {"project": {"id": "project", "internalId": "42"} if known else None}
         return {"viewer": {"id": "user", "entity": "somebody", "flags": "{}"}, "model": None, "project": None}
 
     def _rows(self, run, message):

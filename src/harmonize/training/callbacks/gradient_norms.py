@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +32,8 @@ RATIO = Quantity(
     "it; mean over the measured steps of the epoch, with its standard error over steps.",
     SOURCE,
 )
+QUANTITIES = {"gradient_cosine": COSINE, "gradient_ratio": RATIO}
+"""The curves over depth, in the order in which they are computed."""
 
 
 class GradientNorms(pl.Callback):
@@ -80,14 +83,14 @@ class GradientNorms(pl.Callback):
         if set(gradients) == {"contrastive", "mim"}:
             cl, mim = gradients["contrastive"], gradients["mim"]
             module.extra["grad_cosine"] = torch.nn.functional.cosine_similarity(cl, mim, dim=0)
-            self._layers = sorted({layer for name in parameters if (layer := layer_of(name)) is not None})
+            self._layers = trained_layers(parameters)
             rows = _by_layer(parameters, cl, mim)[:, self._layers].double().cpu()
             self._rows.append(rows)
             record(
                 trainer,
                 {
-                    f"diagnostics/gradient_{name}/layer_{layer:02d}": value
-                    for name, values in zip(("cosine", "ratio"), rows.tolist(), strict=True)
+                    f"diagnostics/{name}/layer_{layer:02d}": value
+                    for name, values in zip(QUANTITIES, rows.tolist(), strict=True)
                     for layer, value in zip(self._layers, values, strict=True)
                 },
                 step,
@@ -102,9 +105,18 @@ class GradientNorms(pl.Callback):
         return Findings(
             curves={
                 name: Curve(quantity, list(self._layers), value[i].tolist(), error[i].tolist())
-                for i, (name, quantity) in enumerate((("gradient_cosine", COSINE), ("gradient_ratio", RATIO)))
+                for i, (name, quantity) in enumerate(QUANTITIES.items())
             }
         )
+
+
+def trained_layers(parameters: Iterable[str]) -> list[int]:
+    """Blocks that parameters with these names belong to, 0 for what comes before the first.
+
+    >>> trained_layers(["cls_token", "blocks.0.norm1.weight", "blocks.1.norm1.weight", "norm.weight"])
+    [0, 1, 2]
+    """
+    return sorted({layer for name in parameters if (layer := layer_of(name)) is not None})
 
 
 def _by_layer(parameters: dict[str, nn.Parameter], cl: Tensor, mim: Tensor) -> Tensor:
