@@ -27,11 +27,11 @@ from tests.test_readme import FENCE, PAGES, ROOT, commands
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((DOCS / "extend").glob("*.md"))
 SMALL = {
-    "train": ["trainer=smoke", "trainer.max_steps=3", "trainer.accelerator=cpu", "trainer.devices=1", "logger=csv"]
-    + ["data.image_size=32", "data.patch_size=8", "data.num_train=16", "data.num_val=8", "data.batch_size=8"]
-    + ["data.num_workers=0", "backbone=vit_pico", "diagnostics.figures=false", "trainer.sanity=false"],
-    "evaluate": ["accelerator=cpu", "num_train=16", "num_val=8"],
-    "analyze": ["accelerator=cpu", "num_images=4", "untrained=false", "tsne=false", "diagnostics.layer_probe=null"],
+    "train": "trainer=smoke trainer.max_steps=3 trainer.accelerator=cpu trainer.devices=1 logger=csv "
+    "data.image_size=32 data.patch_size=8 data.num_train=16 data.num_val=8 data.batch_size=8 data.num_workers=0 "
+    "trainer.sanity=false backbone=vit_pico diagnostics.figures=false",
+    "evaluate": "accelerator=cpu num_train=16 num_val=8",
+    "analyze": "accelerator=cpu num_images=4 untrained=false tsne=false diagnostics.layer_probe=null",
 }
 HEADS = {"hybrid": "loss.contrastive.hidden_dim=32", "contrastive": "loss.hidden_dim=32"}
 
@@ -138,14 +138,14 @@ def write_files(page: str, folder: Path) -> list[Path]:
 def smaller(command: str, rest: list[str]) -> list[str]:
     """The settings of a tiny run of the same kind."""
     loss = next((word.removeprefix("loss=") for word in rest if word.startswith("loss=")), "")
-    return [*SMALL[command], *([HEADS[loss]] if loss in HEADS else [])]
+    return [*SMALL[command].split(), *([HEADS[loss]] if loss in HEADS else [])]
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """A run folder, for examples that look at one."""
     folder = tmp_path_factory.mktemp("run") / "mine"
-    assert main(["train", "loss=mim", *SMALL["train"], "diagnostics=none", f"run.dir={folder}"]) == 0
+    assert main(["train", "loss=mim", *SMALL["train"].split(), "diagnostics=none", f"run.dir={folder}"]) == 0
     return folder
 
 

@@ -77,8 +77,9 @@ def formula(tex: str) -> str:
     Matplotlib sets it, so no script is needed in the browser.
     """
     tex = " ".join(tex.split())
+    displayed = tex.replace(r"\frac", r"\dfrac")
     with rc_context({"mathtext.fontset": "cm"}):
-        path = TextPath((0, 0), f"${tex}$", size=10)
+        path = TextPath((0, 0), f"${displayed}$", size=10)
     box, margin = path.get_extents(), 0.5
     steps = []
     for points, code in path.iter_segments():
@@ -93,7 +94,7 @@ def formula(tex: str) -> str:
 
 
 def _expand(nav: Any) -> Any:
-    """The navigation with every pattern replaced by the files that match it."""
+    """The navigation with every pattern replaced by the files that match it, called by their folders."""
     if isinstance(nav, dict):
         return {title: _expand(entry) for title, entry in nav.items()}
     if not isinstance(nav, list):
@@ -101,7 +102,9 @@ def _expand(nav: Any) -> Any:
     expanded: list[Any] = []
     for entry in nav:
         if isinstance(entry, str) and "*" in entry:
-            expanded += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(entry))
+            for path in sorted(ROOT.glob(entry)):
+                title = path.parent.name.replace("_", " ").capitalize()
+                expanded.append({title: path.relative_to(ROOT).as_posix()})
         else:
             expanded.append(_expand(entry))
     return expanded
