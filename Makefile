@@ -1,7 +1,7 @@
 # The project's commands; `make` alone lists them. They need Python 3.10 ... 3.13 and make, and set up .venv themselves.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint type format bench clean
+.PHONY: help demo test test-all lint type format docs bench clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -41,6 +41,10 @@ type: $(INSTALLED) ## Check the types
 format: $(INSTALLED) ## Repair style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(INSTALLED) ## Build the documentation site, which needs no network (outputs/site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Open outputs/site/index.html; with search: $(RUN) -m http.server --directory outputs/site"
 
 # The other projects that it compares with come with the extra; see benchmarks/README.md.
 BENCHMARKS := train_step input_pipeline diagnostics evaluation startup growth

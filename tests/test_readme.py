@@ -28,11 +28,10 @@ from harmonize.config import check_config, compose
 from harmonize.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    p for g in ("*.md", "docs/*.md", "docker/*.md", "benchmarks/*.md", "experiments/*/*.md") for p in ROOT.glob(g)
-)
+FOLDERS = ("*.md", "docs/**/*.md", "docker/*.md", "benchmarks/*.md", "experiments/*.md", "experiments/*/*.md")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(folder))
 # Commands stand in bash blocks, so that none hides in a block that is not read.
-LANGUAGES = {"bash", "text", "yaml", "json", "python", "bibtex"}
+LANGUAGES = {"bash", "text", "yaml", "json", "python", "bibtex", "math"}
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.M | re.S)
 
 
@@ -106,6 +105,8 @@ def check_python(arguments: list[str], images: Path) -> None:
 def check_harmonize(arguments: list[str], images: Path) -> None:
     """Whether a checkpoint exists is for the machine that has it."""
     command, *rest = arguments
+    if "--config-dir" in rest:  # with files that the page shows: tests/test_docs.py runs it
+        return
     if command in TOOLS:
         source = (ROOT / "src" / f"{TOOLS[command].replace('.', '/')}.py").read_text()
         assert all(f'"{word}"' in source for word in rest if word.startswith("--")), arguments

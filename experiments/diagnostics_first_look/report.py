@@ -1,6 +1,9 @@
 """The table of README.md, from the ``diagnostics.json`` of the analysis: values with standard errors at three depths.
 
+With the last epoch's file of the hybrid's run also ``figures/gradient_cosine.png``, which only training measures.
+
 Command: python experiments/diagnostics_first_look/report.py experiments/diagnostics_first_look/diagnostics.json
+         [outputs/diagnostics_first_look/hybrid/diagnostics/epoch_0004.json]
 """
 
 from __future__ import annotations
@@ -8,6 +11,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from harmonize.reports.figures import depth_figure
+from harmonize.reports.files import from_plain
+from harmonize.reports.style import to_png
 
 ROWS = {
     "attention_distance_normalized": "attention distance / uniform",
@@ -43,5 +50,14 @@ def main(path: str) -> None:
             print(f"| {label if block == 1 else ''} | {block} | " + " | ".join(cells) + " |")
 
 
+def draw_gradients(path: str) -> None:
+    """Draw the cosine between the two losses' gradients on every block."""
+    findings = from_plain(json.loads(Path(path).read_text()))
+    file = Path(__file__).parent / "figures" / "gradient_cosine.png"
+    file.write_bytes(to_png(depth_figure("gradient_cosine", {"hybrid": findings})))
+
+
 if __name__ == "__main__":
     main(sys.argv[1])
+    for path in sys.argv[2:]:
+        draw_gradients(path)
