@@ -112,17 +112,18 @@ def read_studies(
         raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: studies by name are needed.")
-    if unknown := set(only) - set(plain):
-        raise ConfigError(f"--only {', '.join(sorted(unknown))}: {path} has {', '.join(map(str, plain))}.")
+    nodes: dict[str, dict[str, Any]] = {str(name): node for name, node in plain.items()}  # type: ignore[misc]
+    if unknown := set(only) - set(nodes):
+        raise ConfigError(f"--only {', '.join(sorted(unknown))}: {path} has {', '.join(nodes)}.")
     studies = []
-    for name, node in plain.items():
+    for name, node in nodes.items():
         if only and name not in only:
             continue
         if unknown := set(node) - KEYS:
             raise ConfigError(
                 f"{path}, {name}: unknown {', '.join(sorted(unknown))}; there is {', '.join(sorted(KEYS))}."
             )
-        studies.append(_study(str(name), node, path.parent, settings, collect, console))
+        studies.append(_study(name, node, path.parent, settings, collect, console))
     return studies
 
 

@@ -391,7 +391,7 @@ def groups_to_plain(groups: Sequence[Group]) -> list[dict[str, Any]]:
         }
         for one in groups
     ]
-    return finite(_rounded(plain))  # type: ignore[no-any-return]
+    return finite(_rounded(plain))
 
 
 def groups_from_plain(plain: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -419,7 +419,8 @@ def _cell(values: Sequence[float | None]) -> Cell:
 
 
 def _spec(plain: Mapping[str, Any]) -> EncoderSpec:
-    return EncoderSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+    return EncoderSpec(**values)
 
 
 def _rounded(value: Any) -> Any:
