@@ -112,7 +112,7 @@ def read_studies(
         raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: studies by name are needed.")
-    nodes: dict[str, dict[str, Any]] = {str(name): node for name, node in plain.items()}  # type: ignore[misc]
+    nodes: dict[str, dict[str, Any]] = {str(name): node for name, node in plain.items()}
     if unknown := set(only) - set(nodes):
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: {path} has {', '.join(nodes)}.")
     studies = []
