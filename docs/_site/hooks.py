@@ -27,8 +27,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\]\([^)]*\))*)\]\(([^)\s#:]+)(#[^)
 BLOCK = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^\1\2 *$", re.M | re.S)
 CODE = {"": "text", ".py": "python", ".yaml": "yaml", ".cff": "yaml", ".sh": "bash", ".toml": "toml"}
 """Ending of the files that are shown as code -> language."""
-FINDINGS = "<!-- findings -->"
-"""Where the table of ``experiments/FINDINGS.md`` is put in, if there is one."""
+FINDINGS, FINDINGS_FILE = "<!-- findings -->", ROOT / "experiments" / "FINDINGS.md"
+"""A place in a page, and the file whose text is put in there, if there is one."""
 
 sources: dict[str, Path] = {}
 """Path in the site -> file in the repository, of what lies outside docs/."""
@@ -46,6 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = [DOCS / file.src_uri for file in files.documentation_pages()]
     named = [ROOT / ("README.md" if name == "project.md" else name) for name in _names(config.nav)]
     pending = [*pages, *(path for path in named if path.is_file())]
+    if FINDINGS_FILE.is_file():
+        pending += [target for target in _targets(FINDINGS_FILE) if DOCS not in target.parents]
     seen = set(pages)
     while pending:
         path = pending.pop()
@@ -63,10 +65,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if source.suffix != ".md":
         return markdown
     markdown = _outside_blocks(markdown, lambda text: _rewritten(text, source.parent, page.file.src_uri))
-    findings = ROOT / "experiments" / "FINDINGS.md"
-    if FINDINGS in markdown and findings.is_file():
-        text = re.sub(r"^# .*\n", "", findings.read_text(encoding="utf-8"))
-        text = _outside_blocks(text, lambda part: _rewritten(part, findings.parent, page.file.src_uri))
+    if FINDINGS in markdown and FINDINGS_FILE.is_file():
+        text = re.sub(r"^# .*\n", "", FINDINGS_FILE.read_text(encoding="utf-8"))
+        text = _outside_blocks(text, lambda part: _rewritten(part, FINDINGS_FILE.parent, page.file.src_uri))
         markdown = markdown.replace(FINDINGS, text)
     return BLOCK.sub(lambda block: formula(block[4]) if block[3] == "math" else block[0], markdown)
 
