@@ -16,7 +16,7 @@ from harmonize.config import compose, run_dir
 from harmonize.reporting import of_runs
 from harmonize.reports.comparison import Cell
 from harmonize.reports.interactive import library
-from harmonize.reports.study import Finding, groups_from_plain, groups_to_plain, write_study_page
+from harmonize.reports.study import Finding, groups_from_plain, groups_to_plain, study_page
 from tests.test_comparison import make  # noqa: F401
 
 STUDY = """
@@ -101,7 +101,9 @@ def test_numbers_are_kept_and_stand_in_for_the_runs(studies, tmp_path, capsys):
     for folder in tmp_path.glob("hybrid-*"):
         shutil.rmtree(folder)
     report(studies, "--collect", "--out", tmp_path / "again")
-    assert "since its runs are not here" in capsys.readouterr().out
+    assert "weights: from " in capsys.readouterr().out
+    report(studies, "--kept", "--out", tmp_path / "kept")
+    assert (tmp_path / "kept" / "findings.csv").read_bytes() == before
     assert (tmp_path / "findings.csv").read_bytes() == before
     plots = [
         re.findall(r'json">(.*?)</script>', (tmp_path / out / "report.html").read_text()) for out in ("out", "again")
@@ -135,6 +137,8 @@ def test_mistakes_get_a_sentence(studies, capsys, old, new, sentence):
     error = capsys.readouterr().err
     assert sentence in error, error
     assert main(["report", str(studies), "--only", "nothing"]) == 2
+    assert main(["report", str(studies), "--kept", "scale=gpu"]) == 2
+    assert "--kept shows what has been kept" in capsys.readouterr().err
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -194,8 +198,8 @@ def test_hostile_names_stay_text(make, tmp_path):  # noqa: F811
     bad = '</script><script>alert("x")</script>'
     finding = Finding(bad, bad, "supported", bad, bad, bad, Cell([1.0]), Cell([2.0]), 1.0, 0.5, 1.5, 2.0, bad)
     groups = [replace(one, name=bad) for one in study.groups]
-    write_study_page(tmp_path / "page.html", [replace(study, name=bad, groups=groups, findings=[finding])], bad, bad)
-    assert "<script>alert" not in (tmp_path / "page.html").read_text()
+    page = study_page([replace(study, name=bad, groups=groups, findings=[finding])], bad, bad)
+    assert "<script>alert" not in page
 
 
 def test_runs_that_are_not_there(tmp_path, capsys):

@@ -20,6 +20,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+from harmonize.reporting import read_studies
+from harmonize.reports.study import study_page
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\]\([^)]*\))*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
@@ -56,7 +59,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(_file(path, config))
         if path.suffix == ".md":
             pending += [target for target in _targets(path) if target not in seen and DOCS not in target.parents]
+    files.append(File.generated(config, "report.html", content=_report()))
     return files
+
+
+def _report() -> str:
+    """The page of this project's own studies, from the numbers that are kept beside them."""
+    path = ROOT / "experiments" / "findings.yaml"
+    command = "harmonize report experiments/findings.yaml --kept"
+    return study_page(read_studies(path, kept=True), "What the experiments found", command)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -139,10 +139,10 @@ def judge(claim: Claim, groups: Mapping[str, Group]) -> Verdict:
 
 
 def values(side: Side, groups: Mapping[str, Group]) -> list[float]:
-    """One value per run of a side; none if the group or the quantity is not there.
+    """One value per run of a side; none if the group or the quantity is not there, or ``minus`` has other runs.
 
     Raises:
-        ConfigError: A curve is meant, but not where on it, or ``minus`` has another number of runs.
+        ConfigError: A curve is meant, but not where on it.
     """
     group = groups.get(side.group)
     if group is None:
@@ -156,9 +156,7 @@ def values(side: Side, groups: Mapping[str, Group]) -> list[float]:
     if side.minus is None:
         return found
     other = values(side.minus, groups)
-    if found and other and len(other) != len(found):
-        raise ConfigError(f"{side}: there are {len(found)} and {len(other)} runs, which cannot be paired.")
-    return [a - b for a, b in zip(found, other, strict=False)]
+    return [a - b for a, b in zip(found, other, strict=True)] if len(found) == len(other) else []
 
 
 def _reduce(curve: Mapping[float, Cell], layers: str) -> list[float]:

@@ -30,9 +30,9 @@ from harmonize.reports.study import (
     Study,
     groups_from_plain,
     groups_to_plain,
+    study_page,
     write_findings,
     write_results,
-    write_study_page,
 )
 from harmonize.types import ConfigError
 
@@ -52,13 +52,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--collect", action="store_true", help="of a file: keep the numbers beside it, NAME/results.json"
     )
+    parser.add_argument(
+        "--kept", action="store_true", help="of a file: show the numbers beside it, whatever runs are here"
+    )
     parser.add_argument("--out", type=Path, help="where to write report.html; default: outputs/report")
     parser.add_argument("--title", help="of the page")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     first = Path(options.targets[0])
     if first.suffix in (".yaml", ".yml"):
-        studies = read_studies(first, options.targets[1:], options.only, options.collect, console)
+        if options.kept and (options.collect or options.targets[1:]):
+            raise ConfigError("--kept shows what has been kept: it goes neither with --collect nor with settings.")
+        studies = read_studies(first, options.targets[1:], options.only, options.collect, options.kept, console)
         title, out = options.title or "What the experiments found", options.out or Path("outputs/report")
     else:
         studies = [of_runs([Path(target) for target in options.targets])]
@@ -67,7 +72,7 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     _print_findings(studies, console)
     command = shlex.join(["harmonize", "report", *arguments])
-    write_study_page(out / "report.html", studies, title, command)
+    write_whole(out / "report.html", study_page(studies, title, command).encode())
     if any(study.findings for study in studies):
         write_findings(first.parent if options.collect else out, studies)
     console.print(f"Report: {out / 'report.html'}")
@@ -90,7 +95,12 @@ def of_runs(folders: Sequence[Path]) -> Study:
 
 
 def read_studies(
-    path: Path, settings: Sequence[str], only: Sequence[str], collect: bool, console: Console
+    path: Path,
+    settings: Sequence[str] = (),
+    only: Sequence[str] = (),
+    collect: bool = False,
+    kept: bool = False,
+    console: Console | None = None,
 ) -> list[Study]:
     """The studies of a file, with the verdicts on their claims.
 
@@ -101,7 +111,8 @@ def read_studies(
         settings: Added to the commands of all runs.
         only: Names of studies; empty: all.
         collect: Whether to write the numbers beside the file.
-        console: Where it says what is missing.
+        kept: Whether to take these numbers in any case, and leave out studies without.
+        console: Where it says what is missing; None: nowhere.
 
     Raises:
         ConfigError: The file cannot be read, or neither runs nor numbers of a study are there.
@@ -123,27 +134,35 @@ def read_studies(
             raise ConfigError(
                 f"{path}, {name}: unknown {', '.join(sorted(unknown))}; there is {', '.join(sorted(KEYS))}."
             )
-        studies.append(_study(name, node, path.parent, settings, collect, console))
+        if kept and not (path.parent / name / "results.json").exists():
+            continue
+        studies.append(_study(name, node, path.parent, settings, collect, kept, console or Console(quiet=True)))
     return studies
 
 
 def _study(
-    name: str, node: Mapping[str, Any], folder: Path, settings: Sequence[str], collect: bool, console: Console
+    name: str,
+    node: Mapping[str, Any],
+    folder: Path,
+    settings: Sequence[str],
+    collect: bool,
+    kept: bool,
+    console: Console,
 ) -> Study:
-    kept = folder / name / "results.json"
-    groups = _groups_of(name, node, settings, console)
+    file = folder / name / "results.json"
+    groups = None if kept else _groups_of(name, node, settings, console)
     if groups is None:
-        if settings or not kept.exists():
+        if settings or not file.exists():
             raise ConfigError(f"{name}: no runs are there yet; start them with: {_commands(node, settings)[0]}")
-        console.print(f"{name}: from {kept}, since its runs are not here.")
-        groups = groups_from_plain(json.loads(kept.read_text()))
+        console.print(f"{name}: from {file}.")
+        groups = groups_from_plain(json.loads(file.read_text()))
     else:
-        for file in node.get("rows", []):
-            _add_rows(groups, folder / file)
+        for rows in node.get("rows", []):
+            _add_rows(groups, folder / rows)
         if collect:
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             plain = groups_to_plain(groups)
-            write_whole(kept, (json.dumps(plain, separators=(",", ":")) + "\n").encode())
+            write_whole(file, (json.dumps(plain, separators=(",", ":")) + "\n").encode())
             groups = groups_from_plain(plain)  # what is shown is what is kept
     by_name = {one.name: one for one in groups}
     findings = [
@@ -160,7 +179,7 @@ def _study(
         curves=node.get("curves"),
         over=over,
         axes={key: _axis(key) for key in node.get("axes", [])},
-        pictures={folder / file: text for file, text in node.get("pictures", {}).items() if (folder / file).exists()},
+        pictures={folder / p: text for p, text in node.get("pictures", {}).items() if (folder / p).exists()},
         findings=findings,
     )
     if collect:

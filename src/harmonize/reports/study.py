@@ -105,15 +105,13 @@ class Study:
     findings: list[Finding] = field(default_factory=list)
 
 
-def write_study_page(path: Path, studies: Sequence[Study], heading: str, command: str, introduction: str = "") -> None:
-    """Write the page.
+def study_page(studies: Sequence[Study], heading: str, command: str) -> str:
+    """The page, HTML.
 
     Args:
-        path: Of the HTML file.
         studies: In the order in which they are shown.
         heading: Of the page.
         command: The command that made it.
-        introduction: HTML that stands first.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -124,7 +122,7 @@ def write_study_page(path: Path, studies: Sequence[Study], heading: str, command
     )
     body = "\n".join(map(_section, studies))
     findings = [(study, finding) for study in studies for finding in study.findings]
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -137,7 +135,6 @@ def write_study_page(path: Path, studies: Sequence[Study], heading: str, command
 <body>
 <main>
 <h1>{escape(heading)}</h1>
-{introduction}
 {_findings(findings) if findings else ""}
 <nav aria-label="Contents"><h2>Contents</h2>
 <ul>
@@ -150,7 +147,6 @@ def write_study_page(path: Path, studies: Sequence[Study], heading: str, command
 </body>
 </html>
 """
-    write_whole(path, page.encode())
 
 
 def write_findings(folder: Path, studies: Sequence[Study]) -> None:
