@@ -13,12 +13,13 @@ import pytest
 
 from harmonize.cli import main
 from harmonize.config import compose, run_dir
-from harmonize.reporting import of_runs
+from harmonize.reporting import of_runs, read_studies
 from harmonize.reports.comparison import Cell
 from harmonize.reports.interactive import library
-from harmonize.reports.study import Finding, groups_from_plain, groups_to_plain, study_page
+from harmonize.reports.study import Finding, findings_markdown, groups_from_plain, groups_to_plain, study_page
 from tests.test_comparison import make  # noqa: F401
 
+ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
 weights:
   question: Does the weight matter? & how <much>?
@@ -119,6 +120,16 @@ def test_groups_survive_being_written(make):  # noqa: F811
     plain = groups_to_plain(groups)
     assert groups_to_plain(groups_from_plain(json.loads(json.dumps(plain)))) == plain
     assert {one.name for one in groups_from_plain(plain)} == {"lambda=0.2", "lambda=0.8"}
+
+
+def test_the_published_findings_are_what_the_kept_numbers_say():
+    studies = read_studies(ROOT / "experiments" / "findings.yaml", kept=True)
+    assert studies
+    assert (ROOT / "experiments" / "FINDINGS.md").read_text() == findings_markdown(studies)
+    for study in studies:
+        results = (ROOT / "experiments" / study.name / "RESULTS.md").read_text()
+        assert findings_markdown([study]).strip() in results
+        assert all(len(f.more_values.values) >= 3 for f in study.findings if f.verdict != "not tested")
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,10 @@ def main(arguments: list[str]) -> int:
     _print_findings(studies, console)
     command = shlex.join(["harmonize", "report", *arguments])
     write_whole(out / "report.html", study_page(studies, title, command).encode())
-    if any(study.findings for study in studies):
-        write_findings(first.parent if options.collect else out, studies)
+    if options.collect:
+        write_findings(first.parent, read_studies(first, kept=True))
+    elif any(study.findings for study in studies):
+        write_findings(out, studies)
     console.print(f"Report: {out / 'report.html'}")
     return 0
 
