@@ -233,19 +233,17 @@ def _findings(findings: Sequence[tuple[Study, Finding]]) -> str:
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     rows = []
     for study, f in findings:
-        remark = f'<br><span class="source">{escape(f.remark)}</span>' if f.remark else ""
+        notes = "".join(f'<br><span class="source">{escape(text)}</span>' for text in (f.source, f.remark) if text)
+        runs = f"{len(f.more_values.values)} and {len(f.less_values.values)} runs"
         rows.append(
             f'<tr><td><span class="verdict {slug(f.verdict)}">{MARKS[f.verdict]} {escape(f.verdict)}</span></td>'
-            f'<th scope="row"><a href="#{slug(study.name)}">{escape(f.claim)}</a>{remark}</th>'
-            f"<td>{escape(f.source or study.name)}</td><td>{escape(f.quantity)}</td>"
-            f"<td>{escape(f.more)}: {f.more_values}<br>{escape(f.less)}: {f.less_values}</td>"
-            f"<td>{_interval_svg(f)}<br>{escape(_interval(f))}</td><td>{_short(f.effect)}</td>"
-            f"<td>{len(f.more_values.values)} / {len(f.less_values.values)}</td></tr>"
+            f'<th scope="row"><a href="#{slug(study.name)}">{escape(f.claim)}</a>{notes}</th>'
+            f'<td><span class="source">{escape(f.quantity)}, {runs}</span><br>'
+            f"{escape(f.more)}: {f.more_values}<br>{escape(f.less)}: {f.less_values}</td>"
+            f"<td>{_interval_svg(f)}<br>{escape(_interval(f))}<br>effect {_short(f.effect)}</td></tr>"
         )
-    head = "".join(
-        f'<th scope="col">{text}</th>'
-        for text in ("verdict", "claim", "from", "quantity", "mean ± sd", "difference, 95 %", "effect (g)", "runs")
-    )
+    titles = ("verdict", "claim", "mean ± standard deviation", "difference (95 %), effect (Hedges' g)")
+    head = "".join(f'<th scope="col">{text}</th>' for text in titles)
     return (
         f'<section id="findings"><h2>Findings</h2><p>{len(findings)} claims: {escape(summary)}.</p>'
         f'<p class="source">{escape(NOTE)}</p><div class="scroll"><table class="findings"><tr>{head}</tr>'
@@ -355,8 +353,9 @@ MORE_STYLE = """
 .live img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px; }
 .js-plot { width: 100%; min-width: 0; overflow: hidden; }
 .findings th, .findings td { text-align: left; white-space: normal; padding: 6px 12px 6px 0; min-width: 5em; }
-.findings th[scope=row] { font-weight: normal; min-width: 15em; }
-.findings td:first-child, .findings td:nth-child(5), .findings td:nth-child(6) { white-space: nowrap; }
+.findings th[scope=row] { font-weight: normal; min-width: 15em; vertical-align: top; }
+.findings td:first-child, .findings td:nth-child(4) { white-space: nowrap; }
+details + .cards { margin-top: 16px; }
 .verdict { font-weight: 600; padding: 2px 6px; border-radius: 4px; border: 1px solid currentColor; }
 .supported { color: #00704f; } .contradicted { color: #b3400a; } .not-supported, .not-tested { color: var(--soft); }
 @media (prefers-color-scheme: dark) { .supported { color: #4fd1a5; } .contradicted { color: #ff9b66; } }
