@@ -416,7 +416,7 @@ def test_ctrl_c_is_one_line(runs, capsys):
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("harmonize train loss=", ["loss=contrastive", "loss=hybrid", "loss=mae", "loss=mim"]),
+        ("harmonize train loss=", ["loss=contrastive", "loss=hybrid", "loss=mae", "loss=mim", "loss=supervised"]),
         ("harmonize analyze data=c", ["data=cifar10", "data=cifar100"]),
         ("harmonize analyze checkp", ["checkpoint="]),
     ],

@@ -219,7 +219,7 @@ def test_every_rule_is_about_a_key_that_exists(conf, analysis):
     spelt = set(config._keys(composed(analysis)))
     for data in ("folder", "imagenet100", "shards", "stl10"):
         spelt |= set(config._keys(composed(conf, f"data={data}")))
-    for loss in ("contrastive", "mim", "mae", "hybrid"):
+    for loss in ("contrastive", "mim", "mae", "hybrid", "supervised"):
         for logger in ("wandb", "csv"):
             spelt |= set(config._keys(composed(conf, f"loss={loss}", f"logger={logger}")))
     spelt |= set(config._keys(composed(conf, "loss@loss.mim=mae")))

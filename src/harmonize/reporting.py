@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="where to write report.html; default: outputs/report")
     parser.add_argument("--title", help="of the page")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     first = Path(options.targets[0])
     if first.suffix in (".yaml", ".yml"):
