@@ -63,7 +63,7 @@ def test_verdicts(more, less, verdict):
     groups = {"a": make("a", more)} | ({"b": make("b", less)} if less else {})
     found = judge(read_claim({"claim": "c", "quantity": "top1", "more": "a", "less": "b"}), groups)
     assert found.verdict == verdict
-    assert found.more.values == more
+    assert found.more_values.values == more
 
 
 def test_the_interval_is_welchs():

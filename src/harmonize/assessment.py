@@ -43,7 +43,7 @@ from harmonize.networks import (
     short_names,
     slug,
 )
-from harmonize.reports.evaluation import write_results
+from harmonize.reports.evaluation import result_key, write_results
 from harmonize.reports.published import published
 from harmonize.types import ConfigError, NonFiniteLossError, Result
 
@@ -69,7 +69,8 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         evaluate(one)
     if missing and rank() == 0:
         shutil.rmtree(folder / "evaluations" / "features", ignore_errors=True)  # of use to nobody else
-    return single_results(map(_results, own)) if rank() == 0 else {}
+    rows = [row for one in own for row in json.loads(_results(one).read_text())] if rank() == 0 else []
+    return {result_key(row): row["value"] for row in rows if not row["axis"]}
 
 
 def is_evaluated(cfg: DictConfig, folder: Path) -> bool:
@@ -79,12 +80,6 @@ def is_evaluated(cfg: DictConfig, folder: Path) -> bool:
 
 def _results(cfg: DictConfig) -> Path:
     return Path(cfg.run.dir) / "results.json"
-
-
-def single_results(paths: Iterable[Path]) -> dict[str, float]:
-    """The single numbers (no curves) in files with results, by ``evaluate/<protocol>/<metric> <series>``."""
-    rows = [row for path in paths for row in json.loads(path.read_text()) if not row["axis"]]
-    return {f"evaluate/{row['protocol']}/{row['metric']} {row['series']}".strip(): row["value"] for row in rows}
 
 
 def evaluate(cfg: DictConfig) -> None:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from harmonize.reports.comparison import Cell, Group
+from harmonize.reports.study import MARKS, Finding
 from harmonize.types import ConfigError
 
 LAYERS = ("first", "early", "middle", "late", "last", "all", "best", "fall")
 """Of an axis: its first place, thirds, its last place, the mean over all, its largest value, that minus the last."""
 
-SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTED = "supported", "contradicted", "not supported", "not tested"
+SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTED = MARKS
 
 
 @dataclass(frozen=True)
@@ -62,31 +63,6 @@ class Claim:
     remark: str = ""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What runs say about a claim.
-
-    Attributes:
-        claim: The claim.
-        verdict: ``supported``, ``contradicted``, ``not supported`` or, without two runs on either side, ``not tested``.
-        more: The values of the side that is claimed to be larger, one per run.
-        less: Those of the other side.
-        difference: Of the means.
-        low: Lower end of its 95 % interval; NaN if it cannot be had.
-        high: Upper end.
-        effect: The difference in standard deviations (Hedges' g); NaN if there is no spread.
-    """
-
-    claim: Claim
-    verdict: str
-    more: Cell
-    less: Cell
-    difference: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    effect: float = math.nan
-
-
 def read_claim(node: Mapping[str, Any]) -> Claim:
     """A claim as ``findings.yaml`` writes it.
 
@@ -127,15 +103,29 @@ def read_claim(node: Mapping[str, Any]) -> Claim:
     )
 
 
-def judge(claim: Claim, groups: Mapping[str, Group]) -> Verdict:
-    """What groups of runs say about a claim; without the groups or the quantity, that it is not tested."""
+def judge(claim: Claim, groups: Mapping[str, Group]) -> Finding:
+    """What groups of runs say about a claim; without two runs on either side, that it is not tested."""
     more, less = values(claim.more, groups), values(claim.less, groups)
-    sides = Cell(more), Cell(less)
-    if min(len(more), len(less)) < 2:
-        return Verdict(claim, UNTESTED, *sides)
-    difference, low, high = difference_of_means(more, less)
-    verdict = SUPPORTED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
-    return Verdict(claim, verdict, *sides, difference, low, high, hedges_g(more, less))
+    verdict, difference, low, high, effect = UNTESTED, math.nan, math.nan, math.nan, math.nan
+    if min(len(more), len(less)) >= 2:
+        difference, low, high = difference_of_means(more, less)
+        verdict = SUPPORTED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
+        effect = hedges_g(more, less)
+    return Finding(
+        claim.text,
+        claim.source,
+        verdict,
+        str(claim.more),
+        str(claim.less),
+        claim.more.quantity.removeprefix("evaluate/"),
+        Cell(more),
+        Cell(less),
+        difference,
+        low,
+        high,
+        effect,
+        claim.remark,
+    )
 
 
 def values(side: Side, groups: Mapping[str, Group]) -> list[float]:

@@ -23,6 +23,7 @@ from harmonize.arguments import Parser
 from harmonize.config import changed_keys, instantiate, load_config
 from harmonize.files import digest, find_runs, read_json, read_rows
 from harmonize.reports.comparison import Cell, Group, metric_rows, write_comparison
+from harmonize.reports.evaluation import result_key
 from harmonize.reports.files import read_ends
 from harmonize.rules import is_number, show
 from harmonize.sweeps import Sweep
@@ -234,7 +235,7 @@ def _is_about(row: Mapping[str, Any], run: Run) -> bool:
 
 def _add_results(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
-        key = f"evaluate/{row['protocol']}/{row['metric']} {row['series']}".strip()
+        key = result_key(row)
         if row["axis"]:
             run.by_layer.setdefault(key, {})[float(row["at"])] = row["value"]
         else:

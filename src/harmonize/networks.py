@@ -286,8 +286,13 @@ def _random(architecture: Mapping[str, Any], cfg: DictConfig) -> ViTEncoder:
 
 def _objective(loss: Mapping[str, Any]) -> str:
     """The name of what a ``loss`` section trains with."""
-    names = {"Contrastive": "contrastive", "MaskedImageModeling": "mim", "MaskedAutoencoder": "mae", "Hybrid": "hybrid"}
-    names["Supervised"] = "supervised"
+    names = {
+        "Contrastive": "contrastive",
+        "MaskedImageModeling": "mim",
+        "MaskedAutoencoder": "mae",
+        "Hybrid": "hybrid",
+        "Supervised": "supervised",
+    }
     name = names.get(str(loss.get("_target_")).rpartition(".")[2], "")
     weight = loss.get("lambda")
     return f"{name} {weight:g}" if name == "hybrid" and isinstance(weight, (int, float)) else name

@@ -19,8 +19,18 @@ from rich.table import Table
 
 from harmonize.arguments import Parser
 from harmonize.claims import Claim, judge, read_claim
-from harmonize.comparison import METRICS, Run, group, in_order, labels, one_number, read_run, run_folders, summary
-from harmonize.comparison import differing as differing_settings
+from harmonize.comparison import (
+    METRICS,
+    Run,
+    differing,
+    group,
+    in_order,
+    labels,
+    one_number,
+    read_run,
+    run_folders,
+    summary,
+)
 from harmonize.config import composer
 from harmonize.files import digest, write_whole
 from harmonize.reports.comparison import Cell, Group
@@ -91,7 +101,7 @@ def of_runs(folders: Sequence[Path]) -> Study:
     members = in_order(group(runs))
     names = labels([some[0] for some in members])
     groups = [summary(name, some, [*METRICS, "evaluate/*"]) for name, some in zip(names, members, strict=True)]
-    over = one_number(differing_settings([some[0].settings for some in members])) if len(members) > 1 else None
+    over = one_number(differing([some[0].settings for some in members])) if len(members) > 1 else None
     axes = {key: _axis(key) for one in groups for key in one.by_layer if key.startswith("evaluate/")}
     return Study("Runs", "What the runs reached, and what became of each layer.", [], groups, over=over, axes=axes)
 
@@ -221,7 +231,7 @@ def _groups_of(name: str, node: Mapping[str, Any], settings: Sequence[str], cons
     for label, wanted in node["groups"].items():
         members = [run for run in runs if _fits(run, wanted)]
         if len(alike := group(members)) > 1:
-            keys = ", ".join(differing_settings([some[0].settings for some in alike]))
+            keys = ", ".join(differing([some[0].settings for some in alike]))
             raise ConfigError(f"{name}, group {label}: its runs differ in {keys}; say which are meant.")
         if members:
             found.append(summary(str(label), members, node.get("metrics", [*METRICS, "evaluate/*"])))
@@ -239,22 +249,7 @@ def _finding(claim: Claim, groups: Mapping[str, Group], declared: Sequence[str])
     sides = [side for one in (claim.more, claim.less) for side in (one, one.minus) if side is not None]
     if unknown := [side.group for side in sides if side.group not in declared]:
         raise ConfigError(f"Claim {claim.text!r}: there is no group {unknown[0]}; there are {', '.join(declared)}.")
-    verdict = judge(claim, groups)
-    return Finding(
-        claim.text,
-        claim.source,
-        verdict.verdict,
-        str(claim.more),
-        str(claim.less),
-        claim.more.quantity.removeprefix("evaluate/"),
-        verdict.more,
-        verdict.less,
-        verdict.difference,
-        verdict.low,
-        verdict.high,
-        verdict.effect,
-        claim.remark,
-    )
+    return judge(claim, groups)
 
 
 def _axis(key: str) -> str:

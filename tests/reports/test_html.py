@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -15,6 +14,7 @@ from harmonize import __version__
 from harmonize.reports.files import from_plain
 from harmonize.reports.html import Network, slug, write_report
 from harmonize.types import Curve, Findings
+from tests.reports.browser import told_by
 from tests.reports.synthetic import findings, make_pictures, quantity, spec
 
 COMMAND = "python analyze.py checkpoint='a & b.pth' <here>"
@@ -191,21 +191,6 @@ def test_networks_whose_names_make_the_same_file_name(tmp_path):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(folder, tmp_path, width):
     """No error in the console, and nothing wider than the screen, tables opened."""
-    # Headless Chromium has no window narrower than 500 px, so the page sits in a frame, which reports its own width.
-    tell = "<script>onload = () => parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
-    text = (folder / "report.html").read_text().replace("<details>", "<details open>")
-    (tmp_path / "copy.html").write_text(text.replace("</body>", tell))
-    (tmp_path / "frame.html").write_text(
-        "<!DOCTYPE html><title>waiting</title><link rel=icon href=data:,>"
-        "<script>onmessage = event => { document.title = 'width ' + event.data }</script>"
-        f"<iframe src=copy.html style='width: {width}px; height: 900px; border: 0'></iframe>"
-    )
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
-    flags += f" --virtual-time-budget=20000 --user-data-dir={tmp_path / 'profile'} --window-size={width + 40},900"
-    command = ["chromium", *flags.split(), (tmp_path / "frame.html").as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert "CONSOLE" not in ran.stderr, ran.stderr
-    told = re.search(r"<title>width (\d+)</title>", ran.stdout)
-    assert told, ran.stderr + ran.stdout[:2000]
-    assert int(told[1]) <= width
+    tell = "onload = () => parent.postMessage(document.documentElement.scrollWidth, '*')"
+    told = told_by((folder / "report.html").read_text(), tell, width, tmp_path)
+    assert int(told) <= width

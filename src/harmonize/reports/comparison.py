@@ -93,7 +93,7 @@ def write_comparison(
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     rows = metric_rows(groups)
-    head = ["", *(f"{one.name} (n = {len(one.folders)})" for one in groups)]
+    head = metric_head(groups)
     settings = [[key, *values] for key, values in differences.items()]
     drawn = {
         "trade_off": ("Trade-off", trade_off(groups)),
@@ -135,18 +135,29 @@ def write_comparison(
     write_report(folder, networks, "Runs beside each other", command, "\n".join(parts), spread)
 
 
+def metric_head(groups: Sequence[Group]) -> list[str]:
+    """What stands above the columns of :func:`metric_rows`."""
+    return ["", *(f"{one.name} (n = {len(one.folders)})" for one in groups)]
+
+
 def metric_rows(groups: Sequence[Group]) -> list[list[str]]:
     """Metrics down, groups across."""
     keys = dict.fromkeys(key for one in groups for key in one.cells)
     return [[key, *(str(one.cells.get(key, Cell([]))) for one in groups)] for key in keys]
 
 
+def trade_off_axes(groups: Sequence[Group]) -> tuple[str, str] | None:
+    """The metrics of the trade-off: for each axis the best that all groups have; None if there is none."""
+    axes = [next((key for key in keys if all(key in one.cells for one in groups)), None) for keys in (ACROSS, UP)]
+    return None if None in axes else (str(axes[0]), str(axes[1]))
+
+
 def trade_off(groups: Sequence[Group]) -> Figure | None:
     """One metric over another, a point for each group with its spread; the hours of training in the legend."""
-    axis = [next((key for key in keys if all(key in one.cells for one in groups)), None) for keys in (ACROSS, UP)]
-    if None in axis:
+    axes_of = trade_off_axes(groups)
+    if axes_of is None:
         return None
-    across, up = map(str, axis)
+    across, up = axes_of
     figure = new_figure(3.2)
     axes = figure.add_subplot()
     plain_axes(axes)

@@ -71,6 +71,15 @@ LINES = ("-", "--", ":", "-.")
 LABEL_LETTERS = 26
 
 
+def result_key(row: Row) -> str:
+    """The name of a row's number among the metrics of a run.
+
+    >>> result_key({"protocol": "knn", "metric": "top1", "series": "k=20"})
+    'evaluate/knn/top1 k=20'
+    """
+    return f"evaluate/{row['protocol']}/{row['metric']} {row['series']}".strip()
+
+
 def write_results(folder: Path, rows: Sequence[Row], title: str) -> list[Path]:
     """Write ``results.json``, ``results.csv``, ``results.png`` and ``results.svg``, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

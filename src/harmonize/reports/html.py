@@ -286,11 +286,35 @@ def _page(
     for card in sorted(cards, key=lambda card: figure_place(card.quantities[0].figure)):
         sections.setdefault(card.quantities[0].figure or BEYOND, []).append(card)
     contents = "\n".join(
-        f'<li><a href="#{slug(figure)}">{escape(_section_title(figure))}</a> '
+        f'<li><a href="#{slug(figure)}">{escape(section_title(figure))}</a> '
         + f"<span>{escape('; '.join(dict.fromkeys(card.quantities[0].title for card in some)))}</span></li>"
         for figure, some in sections.items()
     )
     body = "\n".join(_section(figure, some) for figure, some in sections.items())
+    top = f"""{_warnings(networks)}
+{_network_table(networks)}
+{overview}
+<h2>How to read it</h2>
+{_how_to_read(networks, spread)}"""
+    where = "<p>All numbers: diagnostics.csv and diagnostics.json; all figures as PNG and SVG: figures/.</p>"
+    return page(heading, top, contents, body, command, footer=where)
+
+
+def page(
+    heading: str, top: str, contents: str, body: str, command: str, footer: str = "", head: str = "", script: str = ""
+) -> str:
+    """A whole page, HTML, that needs nothing from elsewhere.
+
+    Args:
+        heading: Plain text.
+        top: What stands before the contents.
+        contents: The items of the list of contents.
+        body: The sections.
+        command: The command that made the page, plain text.
+        footer: What stands below that.
+        head: Further elements of the head.
+        script: Runs when the page is there.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -299,23 +323,21 @@ def _page(
 <link rel="icon" href="data:,">
 <title>{escape(heading)}</title>
 <style>{STYLE}</style>
+{head}
 </head>
 <body>
 <main>
 <h1>{escape(heading)}</h1>
-{_warnings(networks)}
-{_network_table(networks)}
-{overview}
-<h2>How to read it</h2>
-{_how_to_read(networks, spread)}
+{top}
 <nav aria-label="Contents"><h2>Contents</h2>
 <ul>
 {contents}
 </ul></nav>
 {body}
 <footer><p>harmonize {escape(__version__)}. Made by</p><pre class="scroll">{escape(command)}</pre>
-<p>All numbers: diagnostics.csv and diagnostics.json; all figures as PNG and SVG: figures/.</p></footer>
+{footer}</footer>
 </main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
@@ -326,7 +348,7 @@ def _section(figure: str, cards: Sequence[Card]) -> str:
         '<div class="cards">\n' + "\n".join(map(_card, some)) + "\n</div>"
         for _, some in groupby(cards, lambda c: c.group)
     ]
-    return f'<section id="{slug(figure)}"><h2>{escape(_section_title(figure))}</h2>\n' + "\n".join(grids) + "</section>"
+    return f'<section id="{slug(figure)}"><h2>{escape(section_title(figure))}</h2>\n' + "\n".join(grids) + "</section>"
 
 
 def _card(card: Card) -> str:
@@ -347,7 +369,8 @@ def definition_html(quantity: Quantity) -> str:
     return f"<p>{escape(quantity.definition)}</p>{source}"
 
 
-def _section_title(figure: str) -> str:
+def section_title(figure: str) -> str:
+    """A figure of the paper with what it is about."""
     subject = SUBJECTS.get(figure)
     return f"{figure}: {subject}" if subject else figure
 

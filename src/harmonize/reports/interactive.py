@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from harmonize.files import finite
@@ -190,8 +191,8 @@ def _plot(data: list[dict[str, Any]], across: str, up: str, title: str) -> str:
         "hovermode": "closest",
     }
     content = json.dumps(finite({"data": data, "layout": layout, "config": CONFIG})).replace("<", "\\u003c")
-    label = title.replace('"', "'").replace("<", "")
     return (
-        f'<div class="js-plot" role="img" aria-label="{label}"><script type="application/json">{content}</script>'
+        f'<div class="js-plot" role="img" aria-label="{escape(title)}">'
+        f'<script type="application/json">{content}</script>'
         "<noscript>This figure needs JavaScript; its numbers are below.</noscript></div>"
     )

@@ -12,19 +12,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from harmonize import __version__
 from harmonize.files import finite, write_whole
 from harmonize.reports import interactive
-from harmonize.reports.comparison import ACROSS, UP, Cell, Group, markdown_table, metric_rows, over_setting, trade_off
+from harmonize.reports.comparison import (
+    Cell,
+    Group,
+    markdown_table,
+    metric_head,
+    metric_rows,
+    over_setting,
+    trade_off,
+    trade_off_axes,
+)
 from harmonize.reports.figures import depth_figure, depth_names
 from harmonize.reports.files import from_plain, to_plain
 from harmonize.reports.html import (
-    STYLE,
-    SUBJECTS,
     definition_html,
     depth_table,
     figure_place,
     number,
+    page,
+    section_title,
     slug,
     table,
 )
@@ -104,6 +112,21 @@ class Study:
     pictures: dict[Path, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
+    @property
+    def found(self) -> dict[str, Findings]:
+        """The diagnostics of every group."""
+        return {one.name: one.trained for one in self.groups}
+
+    @property
+    def untrained(self) -> dict[str, Findings]:
+        """Those of the untrained network, by the first group that has any."""
+        return dict([(one.name, one.untrained) for one in self.groups if one.untrained.curves][:1])
+
+    @property
+    def shown(self) -> list[str]:
+        """Names of the curves to show that there are."""
+        return [name for name in depth_names(self.found.values()) if self.curves is None or name in self.curves]
+
 
 def study_page(studies: Sequence[Study], heading: str, command: str) -> str:
     """The page, HTML.
@@ -122,31 +145,9 @@ def study_page(studies: Sequence[Study], heading: str, command: str) -> str:
     )
     body = "\n".join(map(_section, studies))
     findings = [(study, finding) for study in studies for finding in study.findings]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{escape(heading)}</title>
-<style>{STYLE}{MORE_STYLE}</style>
-<script>{interactive.library()}</script>
-</head>
-<body>
-<main>
-<h1>{escape(heading)}</h1>
-{_findings(findings) if findings else ""}
-<nav aria-label="Contents"><h2>Contents</h2>
-<ul>
-{contents}
-</ul></nav>
-{body}
-<footer><p>harmonize {escape(__version__)}. Made by</p><pre class="scroll">{escape(command)}</pre></footer>
-</main>
-<script>{interactive.FOLLOW_THE_PAGE}</script>
-</body>
-</html>
-"""
+    head = f"<style>{MORE_STYLE}</style>\n<script>{interactive.library()}</script>"
+    top = _findings(findings) if findings else ""
+    return page(heading, top, contents, body, command, head=head, script=interactive.FOLLOW_THE_PAGE)
 
 
 def write_findings(folder: Path, studies: Sequence[Study]) -> None:
@@ -167,28 +168,22 @@ def write_findings(folder: Path, studies: Sequence[Study]) -> None:
 def write_results(folder: Path, study: Study) -> None:
     """Write ``RESULTS.md`` and ``figures/`` of a study into a folder, for where nothing is interactive."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    found = {one.name: one.trained for one in study.groups}
-    first = next((one for one in study.groups if one.untrained.curves), None)
-    before = {first.name: first.untrained} if first is not None else {}
     drawn = {
         "trade_off": trade_off(study.groups),
         "over": over_setting(study.groups, *study.over) if study.over is not None else None,
     }
-    for name in depth_names(found.values()):
-        if study.curves is None or name in study.curves:
-            drawn[name] = depth_figure(name, found, before)
+    drawn |= {name: depth_figure(name, study.found, study.untrained) for name in study.shown}
     pictures = []
     for name, figure in drawn.items():
         if figure is not None:
             write_whole(folder / "figures" / f"{name}.png", to_png(figure))
             pictures.append(f"![{name.replace('_', ' ')}](figures/{name}.png)")
     pictures += [f"{text}:\n\n![{text}](figures/{path.name})" for path, text in study.pictures.items()]
-    head = ["", *(f"{one.name} (n = {len(one.folders)})" for one in study.groups)]
     parts = [
         f"# {_title(study.name)}: results",
         f"{study.question} Mean ± standard deviation over seeds. Made by `harmonize report`; "
         "the numbers of all runs are in [results.json](results.json).",
-        markdown_table(head, metric_rows(study.groups)),
+        markdown_table(metric_head(study.groups), metric_rows(study.groups)),
         findings_markdown([study]).strip() if study.findings else "",
         *pictures,
     ]
@@ -268,14 +263,14 @@ def _interval_svg(f: Finding) -> str:
 def _section(study: Study) -> str:
     groups = study.groups
     rows = [[key.removeprefix("evaluate/"), *cells] for key, *cells in metric_rows(groups)]
-    head = ["", *(f"{one.name} (n = {len(one.folders)})" for one in groups)]
     hours = sum(sum(one.cells["hours"].values) for one in groups if "hours" in one.cells)
     cost = f"<p>Training of these {sum(len(g.folders) for g in groups)} runs: {hours:.2g} hours.</p>" if hours else ""
     commands = f'<pre class="scroll">{escape(chr(10).join(study.commands))}</pre>' if study.commands else ""
     return (
         f'<section id="{slug(study.name)}"><h2>{escape(_title(study.name))}</h2><p>{escape(study.question)}</p>'
         f"{commands}{cost}"
-        f"<details open><summary>What was reached: mean ± standard deviation over seeds</summary>{table(head, rows)}"
+        "<details open><summary>What was reached: mean ± standard deviation over seeds</summary>"
+        f"{table(metric_head(groups), rows)}"
         f'</details><div class="cards">{"".join(_cards(study))}</div></section>'
     )
 
@@ -283,28 +278,23 @@ def _section(study: Study) -> str:
 def _cards(study: Study) -> list[str]:
     groups = study.groups
     cards = []
-    axes = [next((key for key in keys if all(key in one.cells for one in groups)), None) for keys in (ACROSS, UP)]
-    if None not in axes and len(groups) > 1:
-        across, up = map(str, axes)
+    axes = trade_off_axes(groups)
+    if axes is not None and len(groups) > 1:
+        across, up = axes
         text = "<p>Error bars: standard deviation over seeds.</p>"
         cards.append(_card(f"{study.name}-trade-off", "Trade-off", interactive.scatter(groups, across, up), text))
         if study.over is not None:
             setting, places = study.over
             lines = {key: [one.cells[key] for one in groups] for key in (across, up)}
             plot = interactive.over_setting(setting, places, lines, f"Results over {setting}")
-            cards.append(_card(f"{study.name}-over", f"Results over {setting}", plot, text))
-    found = {one.name: one.trained for one in groups}
-    untrained = next((one.untrained for one in groups if one.untrained.curves), None)
-    names = depth_names(found.values())
-    names = [name for name in names if study.curves is None or name in study.curves]
-    names.sort(key=lambda name: figure_place(_quantity(name, found).figure))
-    for name in names:
+            cards.append(_card(f"{study.name}-over", escape(f"Results over {setting}"), plot, text))
+    found, before = study.found, study.untrained
+    for name in sorted(study.shown, key=lambda name: figure_place(_quantity(name, found).figure)):
         quantity = _quantity(name, found)
         references = list(dict.fromkeys(r for one in groups for r in references_for(name, one.spec)))
-        plot = interactive.curves(name, found, untrained, references)
-        before = {one: untrained for one in list(found)[:1] if untrained is not None}
+        plot = interactive.curves(name, found, next(iter(before.values()), None), references)
         numbers = f"<details><summary>Numbers</summary>{depth_table(name, found, before, references)}</details>"
-        title = f"{quantity.title} <span>{escape(_figure(quantity.figure))}</span>"
+        title = f"{escape(quantity.title)} <span>{escape(section_title(quantity.figure))}</span>"
         cards.append(_card(f"{study.name}-{name}", title, plot, definition_html(quantity) + numbers))
     for key, axis in study.axes.items():
         over = {one.name: one.by_layer[key] for one in groups if key in one.by_layer}
@@ -338,10 +328,6 @@ def _card(identity: str, title: str, plot: str, text: str) -> str:
 
 def _quantity(name: str, found: Mapping[str, Findings]) -> Any:
     return next(findings.curves[name].quantity for findings in found.values() if name in findings.curves)
-
-
-def _figure(figure: str) -> str:
-    return f"{figure}: {SUBJECTS[figure]}" if figure in SUBJECTS else figure
 
 
 def _title(name: str) -> str:
