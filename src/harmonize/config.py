@@ -132,6 +132,7 @@ class Composer:
         self._command = command
         self._cache: dict[tuple[str, ...], DictConfig] = {}
         self._search: list[str] = []  # the override that names folders besides conf/
+        self._files_of: dict[tuple[str, ...], list[str]] = {}
         self._groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
 
     def load(self, overrides: Sequence[str]) -> DictConfig:
@@ -148,7 +149,7 @@ class Composer:
         files = self._files(groups)
         _refuse([self._key(o, files) for o in parsed if o not in groups])
         _refuse(self._experiment(groups, files))
-        return self._compose(overrides)
+        return copy.deepcopy(self._compose(overrides))
 
     def without_null(self, overrides: Sequence[str]) -> list[str]:
         """Overrides with ``group=null`` in Hydra's own words, for the groups that can be left out."""
@@ -203,13 +204,14 @@ class Composer:
         return [run_dir(finish(self.load(list(job)))) for job in itertools.product(*self.axes(parsed, first))]
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Composed once, to be read and not to be changed."""
         key = tuple(dict.fromkeys([*overrides, *self._search]))
         if key not in self._cache:
             try:
                 self._cache[key] = self._conf.load_configuration(self._command, list(key), RunMode.RUN)
             except Exception as error:  # Hydra's exceptions have no common ancestor
                 raise ConfigError(self._plainly(error)) from error
-        return copy.deepcopy(self._cache[key])
+        return self._cache[key]
 
     def _files(self, groups: Sequence[Override]) -> DictConfig:
         """What the chosen files spell, before any value is set."""
@@ -233,9 +235,11 @@ class Composer:
 
     def _names(self, group: str) -> list[str]:
         """All files of a group."""
-        if not self._search:
-            return self._conf.get_group_options(group)
-        return self._conf.get_group_options(group, config_name=self._command, overrides=self._search)
+        key = (group, *self._search)
+        if key not in self._files_of:
+            more = {"config_name": self._command, "overrides": self._search} if self._search else {}
+            self._files_of[key] = self._conf.get_group_options(group, **more)
+        return self._files_of[key]
 
     def _options(self, group: str) -> list[str]:
         """Those that are meant to be chosen."""
