@@ -17,7 +17,7 @@ from harmonize.reports.comparison import Cell
 from harmonize.reports.interactive import library
 from harmonize.reports.study import Finding, findings_markdown, groups_from_plain, groups_to_plain, study_page
 from tests.reports.browser import told_by
-from tests.test_comparison import make  # noqa: F401
+from tests.test_comparison import make, maker  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
@@ -44,19 +44,30 @@ weights:
 VERDICTS = ["supported", "contradicted", "not supported", "supported", "not tested"]
 
 
-@pytest.fixture
-def studies(make, tmp_path):  # noqa: F811
+SETTINGS = ["backbone.width=16", "backbone.depth=2", "backbone.num_heads=2", "data.image_size=16"]
+SETTINGS += ["data.patch_size=4", "data.batch_size=32"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
     """CL's probe 0.3 above MIM's, its information 0.5 above; three seeds."""
+    root = tmp_path_factory.mktemp("runs")
+    run = maker(root)
     for weight in (0, 1):
         for seed in range(3):
-            small = ["backbone.width=16", "backbone.depth=2", "backbone.num_heads=2", "data.image_size=16"]
-            small += ["data.patch_size=4", "data.batch_size=32"]
-            settings = [f"loss.lambda={weight}", f"seed={seed}", f"run.root={tmp_path}"]
-            folder = make(
+            settings = [f"loss.lambda={weight}", f"seed={seed}", f"run.root={root}"]
+            folder = run(
                 f"{weight}-{seed}", 0.4 + 0.3 * weight + 0.01 * seed, *settings, shift=0.5 * weight + seed / 100
             )
-            folder.rename(run_dir(compose([*small, *settings])))
-    text = STUDY.format(root=tmp_path).replace("seed=0,1,2", f"seed=0,1,2 {' '.join(small)}")
+            folder.rename(run_dir(compose([*SETTINGS, *settings])))
+    return root
+
+
+@pytest.fixture
+def studies(runs, tmp_path):
+    """A file of studies beside runs of its own."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    text = STUDY.format(root=tmp_path).replace("seed=0,1,2", f"seed=0,1,2 {' '.join(SETTINGS)}")
     (tmp_path / "studies.yaml").write_text(text)
     (tmp_path / "weights").mkdir()
     rows = ["group,seed,quantity,at,value"]
