@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from harmonize.cli import COMMANDS, main
@@ -38,13 +39,18 @@ HEADS = {"hybrid": "loss.contrastive.hidden_dim=32", "contrastive": "loss.hidden
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """The built site; a warning would have ended the build."""
-    folder = tmp_path_factory.mktemp("site")
+    """The built site, once for all processes of a test run; a warning would have ended the build."""
+    mine = tmp_path_factory.getbasetemp()
+    shared = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+    folder, done = shared / "site", shared / "site.done"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "WARNING" not in done.stderr
+    with FileLock(shared / "site.lock"):
+        if not done.exists():
+            built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            assert built.returncode == 0, built.stderr[-3000:]
+            assert "WARNING" not in built.stderr
+            done.touch()
     return folder
 
 
