@@ -237,7 +237,7 @@ class Composer:
         """All files of a group."""
         key = (group, *self._search)
         if key not in self._files_of:
-            more = {"config_name": self._command, "overrides": self._search} if self._search else {}
+            more: dict[str, Any] = {"config_name": self._command, "overrides": self._search} if self._search else {}
             self._files_of[key] = self._conf.get_group_options(group, **more)
         return self._files_of[key]
 
