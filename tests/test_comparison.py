@@ -28,11 +28,12 @@ def findings(shift):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(name, accuracy, *overrides) -> a run folder of 40 steps of 32 images at 64 images/s."""
     return maker(tmp_path)
 
 
 def maker(root):
+    """make(name, accuracy, *overrides) -> a run folder of 40 steps of 32 images at 64 images/s."""
+
     def run(name, accuracy, *overrides, shift=0.0, total=40):
         folder = root / name
         (folder / "diagnostics").mkdir(parents=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from harmonize.cli import main
-from harmonize.config import compose, run_dir
+from harmonize.config import load_config, run_dir
 from harmonize.reporting import of_runs, read_studies
 from harmonize.reports.comparison import Cell
 from harmonize.reports.interactive import library
 from harmonize.reports.study import Finding, findings_markdown, groups_from_plain, groups_to_plain, study_page
 from tests.reports.browser import told_by
-from tests.test_comparison import make, maker  # noqa: F401
+from tests.test_comparison import SMALL, make, maker  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
@@ -44,10 +44,6 @@ weights:
 VERDICTS = ["supported", "contradicted", "not supported", "supported", "not tested"]
 
 
-SETTINGS = ["backbone.width=16", "backbone.depth=2", "backbone.num_heads=2", "data.image_size=16"]
-SETTINGS += ["data.patch_size=4", "data.batch_size=32"]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """CL's probe 0.3 above MIM's, its information 0.5 above; three seeds."""
@@ -59,7 +55,7 @@ def runs(tmp_path_factory):
             folder = run(
                 f"{weight}-{seed}", 0.4 + 0.3 * weight + 0.01 * seed, *settings, shift=0.5 * weight + seed / 100
             )
-            folder.rename(run_dir(compose([*SETTINGS, *settings])))
+            folder.rename(run_dir(load_config(folder / "config.yaml")))
     return root
 
 
@@ -67,7 +63,7 @@ def runs(tmp_path_factory):
 def studies(runs, tmp_path):
     """A file of studies beside runs of its own."""
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
-    text = STUDY.format(root=tmp_path).replace("seed=0,1,2", f"seed=0,1,2 {' '.join(SETTINGS)}")
+    text = STUDY.format(root=tmp_path).replace("seed=0,1,2", f"seed=0,1,2 data.batch_size=32 {' '.join(SMALL)}")
     (tmp_path / "studies.yaml").write_text(text)
     (tmp_path / "weights").mkdir()
     rows = ["group,seed,quantity,at,value"]

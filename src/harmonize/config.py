@@ -237,8 +237,11 @@ class Composer:
         """All files of a group."""
         key = (group, *self._search)
         if key not in self._files_of:
-            more: dict[str, Any] = {"config_name": self._command, "overrides": self._search} if self._search else {}
-            self._files_of[key] = self._conf.get_group_options(group, **more)
+            if self._search:
+                names = self._conf.get_group_options(group, config_name=self._command, overrides=self._search)
+            else:
+                names = self._conf.get_group_options(group)
+            self._files_of[key] = names
         return self._files_of[key]
 
     def _options(self, group: str) -> list[str]:
