@@ -173,6 +173,8 @@ def test_ctrl_c_lets_the_jobs_save(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Tests that run in the background ignore Ctrl-C, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).resolve().parents[1],
     )
