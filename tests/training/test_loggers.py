@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import signal
 import struct
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -166,6 +169,27 @@ def test_a_second_run_in_one_process_is_a_second_run(tmp_path):
     assert files == sorted(f"run-{run_id(tmp_path / name)}.wandb" for name in ("one", "two"))
 
 
+def test_a_service_that_has_died_is_started_again(tmp_path):
+    """The runs of a sweep in one process share it: one fault must not cost all that follow."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first = Wandb(tmp_path / "one")
+    first.start()
+    first.finish()
+    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    services = [pid for pid in map(int, children) if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    second = Wandb(tmp_path / "two")
+    second.start()
+    second.log_metrics({"x": 1.0}, 1)
+    second.finish()
+    assert not second.failed
+    (path,) = (tmp_path / "two").glob("wandb/offline-run-*/run-*.wandb")
+    assert {"x": 1.0, "trainer/global_step": 1}.items() <= history(path)[0][0].items()
+
+
 def test_where_credentials_are_looked_for(tmp_path, monkeypatch):
     assert not has_api_key()
     home = tmp_path / "home"
@@ -246,7 +270,7 @@ def test_an_offline_run_that_cannot_start_is_given_up(tmp_path, monkeypatch):
         logger.start()
     assert hasattr(logger, "experiment")  # as lightning asks
     logger.log_metrics({"x": 1.0}, 1)
-    assert len(calls) == 1
+    assert len(calls) == 2  # the second with a new service
     logger.finish()
 
 

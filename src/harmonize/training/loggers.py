@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -158,19 +159,25 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def start(self) -> None:
-        """Open the W&B run now, so that a failure shows at the start; without a server go on offline."""
+        """Open the W&B run now, so that a failure shows at the start; without a server go on offline.
+
+        The runs of one process share W&B's service: where it has died, a new one is started.
+        """
+        import wandb
+
         try:
             _ = self.experiment
+            return
         except Exception as error:  # whatever W&B may raise, training goes on
-            if self.mode != "online":
-                self._give_up(error)
-                return
-            warnings.warn(f"W&B cannot be reached ({_short(error)}); logging offline instead.", stacklevel=1)
-            import wandb
-
-            wandb.teardown()  # its service holds on to the run's id
-            self.mode = self._wandb_init["mode"] = "offline"
-            self.start()
+            if self.mode == "online" and isinstance(error, wandb.errors.Error):
+                warnings.warn(f"W&B cannot be reached ({_short(error)}); logging offline instead.", stacklevel=1)
+                self.mode = self._wandb_init["mode"] = "offline"
+        with contextlib.suppress(Exception, SystemExit):  # a service that has died gives no answer
+            wandb.teardown()  # one that has not holds on to the run's id
+        try:
+            _ = self.experiment
+        except Exception as error:
+            self._give_up(error)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
