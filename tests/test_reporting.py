@@ -122,6 +122,19 @@ def test_numbers_are_kept_and_stand_in_for_the_runs(studies, tmp_path, capsys):
     assert "no runs are there yet; start them with: python train.py loss.lambda=0,1" in capsys.readouterr().err
 
 
+def test_a_part_of_the_runs_does_not_take_the_place_of_all(studies, tmp_path, capsys):
+    report(studies, "--collect", "--out", tmp_path / "out")
+    before = (tmp_path / "weights" / "results.json").read_bytes()
+    for folder in list(tmp_path.glob("hybrid-*"))[:2]:
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    report(studies, "--collect", "--out", tmp_path / "out")
+    assert "results.json, which holds 6 runs." in capsys.readouterr().out
+    assert (tmp_path / "weights" / "results.json").read_bytes() == before
+    report(studies, "--out", tmp_path / "out")  # who only looks sees the runs that are here
+    assert "results.json" not in capsys.readouterr().out
+
+
 def test_groups_survive_being_written(make):  # noqa: F811
     groups = of_runs([make("a", 0.5, "loss.lambda=0.2"), make("b", 0.6, "loss.lambda=0.8")]).groups
     plain = groups_to_plain(groups)

@@ -116,7 +116,8 @@ def read_studies(
 ) -> list[Study]:
     """The studies of a file, with the verdicts on their claims.
 
-    Where a study's runs are not there but its numbers are (``NAME/results.json`` beside the file), these are taken.
+    Where a study's runs are not there but its numbers are (``NAME/results.json`` beside the file), these are taken;
+    so they are where numbers are to be written and fewer runs are there than the file holds.
 
     Args:
         path: The file.
@@ -162,12 +163,14 @@ def _study(
     console: Console,
 ) -> Study:
     file = folder / name / "results.json"
-    groups = None if kept else _groups_of(name, node, settings, console)
-    if groups is None:
-        if settings or not file.exists():
-            raise ConfigError(f"{name}: no runs are there yet; start them with: {_commands(node, settings)[0]}")
-        console.print(f"{name}: from {file}.")
-        groups = groups_from_plain(json.loads(file.read_text()))
+    held = groups_from_plain(json.loads(file.read_text())) if file.exists() and not settings else []
+    groups = [] if kept else _groups_of(name, node, settings, console)
+    if not groups and not held:
+        raise ConfigError(f"{name}: no runs are there yet; start them with: {_commands(node, settings)[0]}")
+    fewer = collect and _num_runs(groups) < _num_runs(held)  # a part of the runs must not take the place of all
+    if not groups or fewer:
+        console.print(f"{name}: from {file}{f', which holds {_num_runs(held)} runs' if groups else ''}.")
+        groups = held
     else:
         for rows in node.get("rows", []):
             _add_rows(groups, folder / rows)
@@ -199,6 +202,10 @@ def _study(
     return study
 
 
+def _num_runs(groups: Sequence[Group]) -> int:
+    return len({folder.name for one in groups for folder in one.folders})
+
+
 def _add_rows(groups: Sequence[Group], path: Path) -> None:
     """Add what a script has measured: rows of group, seed, quantity, place on its axis and value."""
     if not path.exists():
@@ -216,14 +223,14 @@ def _commands(node: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
     return [" ".join(["python train.py", command, *settings]) for command in node["runs"]]
 
 
-def _groups_of(name: str, node: Mapping[str, Any], settings: Sequence[str], console: Console) -> list[Group] | None:
-    """The groups of a study from its runs; None if no run is there."""
+def _groups_of(name: str, node: Mapping[str, Any], settings: Sequence[str], console: Console) -> list[Group]:
+    """The groups of a study from its runs; none if no run is there."""
     with composer("train") as conf:
         commands = [[*shlex.split(command), *settings] for command in node["runs"]]
         folders = list(dict.fromkeys(run for command in commands for run in conf.folders(command)))
     there = [run for run in folders if (run / "metrics.json").exists()]
     if not there:
-        return None
+        return []
     if len(there) < len(folders):
         console.print(f"{name}: {len(folders) - len(there)} of {len(folders)} runs are not finished.")
     runs = sorted(map(read_run, there), key=lambda run: run.settings["seed"])
