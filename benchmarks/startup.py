@@ -50,12 +50,12 @@ def python(*words: str, fails: bool = False) -> Callable[[], None]:
     return run
 
 
-def until_first_step(folder: Path) -> Callable[[], None]:
+def until_first_step(folder: Path, settings: Sequence[str]) -> Callable[[], None]:
     """Training until its first step is on record; what follows (a checkpoint, tables) is not waited for in the time."""
 
     def run() -> None:
         place = folder / str(len(os.listdir(folder)))
-        command = [sys.executable, "train.py", *TINY, f"run.dir={place}"]
+        command = [sys.executable, "train.py", *settings, f"run.dir={place}"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while not any("train/loss" in found for found in read_rows(place / "metrics.jsonl")):
                 if process.poll() not in (None, 0):
@@ -66,7 +66,7 @@ def until_first_step(folder: Path) -> Callable[[], None]:
     return run
 
 
-def commands(folder: Path, rounds: int, warm: bool) -> list[Row]:
+def commands(folder: Path, settings: Sequence[str], rounds: int, warm: bool) -> list[Row]:
     """Rows of what a user types."""
     (folder / "runs").mkdir()
     answers = {
@@ -77,7 +77,7 @@ def commands(folder: Path, rounds: int, warm: bool) -> list[Row]:
     missing = "a folder that is not there"
     others = {
         missing: python("train.py", "data=folder", f"data.root={folder / 'no'}", fails=True),
-        "first training step": until_first_step(folder / "runs"),
+        "first training step": until_first_step(folder / "runs", settings),
         "libraries": python("-c", LIBRARIES),
         "torch": python("-c", "import torch"),
         "nothing": python("-c", "pass"),
@@ -88,9 +88,9 @@ def commands(folder: Path, rounds: int, warm: bool) -> list[Row]:
     return [*rows, row("first training step", times["first training step"], times["libraries"], times["torch"])]
 
 
-def checkpoints(folder: Path, backbone: str, rounds: int) -> list[Row]:
+def checkpoints(folder: Path, settings: Sequence[str], rounds: int) -> list[Row]:
     """Rows of saving and loading."""
-    cfg = compose([*TINY, f"backbone={backbone}", f"run.dir={folder / 'run'}"])
+    cfg = compose([*settings, f"run.dir={folder / 'run'}"])
     with quietly():
         train(cfg)
     source, ours, theirs, raw = (folder / name for name in ("run/checkpoints/last.ckpt", "ours", "theirs", "raw"))
@@ -127,11 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=7).parse_args(arguments)
     if options.quick:
         options.rounds = 1
+    backbone = "vit_tiny" if options.quick else "vit_small"
+    settings = [*TINY, "scale.hidden_dim=64"] if options.quick else TINY
     report = Report(options)
     with TemporaryDirectory() as folder, own_cache():
-        report.add("Waiting for an answer", commands(Path(folder), options.rounds, not options.quick))
-        backbone = "vit_tiny" if options.quick else "vit_small"
-        report.add(f"Checkpoints, {backbone}", checkpoints(Path(folder), backbone, options.rounds))
+        report.add("Waiting for an answer", commands(Path(folder), settings, options.rounds, not options.quick))
+        found = checkpoints(Path(folder), [*settings, f"backbone={backbone}"], options.rounds)
+        report.add(f"Checkpoints, {backbone}", found)
 
 
 if __name__ == "__main__":

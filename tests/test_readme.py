@@ -211,6 +211,8 @@ def test_a_mistake_is_answered_as_shown(command, answer, capsys):
 README_TRAIN = [c[2:] for c in commands((ROOT / "README.md").read_text()) if c[:2] == ["python", "train.py"]]
 README_TRAIN = [c for c in README_TRAIN if "hydra/launcher=slurm" not in c]  # tests/slurm has a cluster
 
+FINE_TUNE = "fine_tune num_train=16 num_val=16 eval.epochs=1 eval.warmup_epochs=0 eval.batch_size=8"
+
 
 @pytest.fixture(scope="session")
 def shards(images, tmp_path_factory) -> Path:
@@ -223,7 +225,7 @@ def shards(images, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", README_TRAIN, ids=shlex.join)
 def test_readme_training_command_runs(arguments, images, shards, tmp_path, monkeypatch):
-    """The command as it stands, then small: few images, three steps, the first two jobs of a sweep.
+    """The command as it stands, then small: few images, three steps, narrow heads, the first two jobs of a sweep.
 
     The first of them is a process of its own.
     """
@@ -231,11 +233,13 @@ def test_readme_training_command_runs(arguments, images, shards, tmp_path, monke
     if not {"--help", "--cfg"} & set(arguments):
         small = ["trainer=smoke", "trainer.accelerator=cpu", "trainer.devices=1", "logger=csv", f"run.root={tmp_path}"]
         small += ["data.image_size=32", "data.patch_size=8", "data.num_train=16", "data.num_val=16"]
-        small += ["data.batch_size=4", "data.num_workers=0", "trainer.max_steps=3"]
+        small += ["data.batch_size=4", "data.num_workers=0", "trainer.max_steps=3", "scale.hidden_dim=64"]
         if not first:  # what else a run does is the same for all
             small += ["diagnostics=none", "trainer.sanity=false"]
         lengths = ("trainer.", "data.batch_size", "logger", "run.dir")
         kept = [re.sub(r"^(\w[\w.]*=[^,]+,[^,]+),.*", r"\1", a) for a in arguments if not a.startswith(lengths)]
+        if any(a.startswith("experiment=") for a in arguments):  # a sweep of its own, with evaluations
+            small += ["seed=0", "loss.lambda=0,0.2", f"scale.evaluations.fine_tune='{FINE_TUNE}'"]
         if "-m" in arguments:
             small.append("hydra/launcher=basic")  # all jobs in one process: tests/test_sweeps.py gives each its own
         root = shards if "data=shards" in arguments else images
