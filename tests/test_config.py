@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -429,6 +430,29 @@ def test_changed_keys(conf):
 
 
 # ---- the wheel -------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_file_of_conf_is_read_again(tmp_path, monkeypatch):
+    """One process, as in a notebook: what has been read is kept, but not longer than the files stay as they are."""
+    shutil.copytree(config.CONF, tmp_path / "conf")
+    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+    assert "mine" not in config.compose(["loss=mim"]).loss
+    with pytest.raises(ConfigError, match=r"Unknown key loss\.mine"):
+        config.compose(["loss=mim", "loss.mine=2"])
+    with (tmp_path / "conf" / "loss" / "mim.yaml").open("a") as file:
+        file.write("mine: 1\n")
+    assert config.compose(["loss=mim"]).loss.mine == 1
+    assert config.compose(["loss=mim", "loss.mine=2"]).loss.mine == 2
+    shutil.copy(tmp_path / "conf" / "data" / "stl10.yaml", tmp_path / "conf" / "data" / "new.yaml")
+    assert "STL" in config.compose(["data=new"]).data.dataset._target_
+
+
+def test_what_is_given_may_be_changed():
+    """And is not what the next one gets, with or without settings beside the choice of files."""
+    for overrides in (["loss=mim"], ["loss=mim", "seed=3"]):
+        first = config.compose(overrides)
+        first.loss.mask_ratio = 0.123
+        assert config.compose(overrides).loss.mask_ratio != 0.123
 
 
 def test_conf_is_found_and_part_of_the_wheel():

@@ -17,7 +17,8 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +94,29 @@ def composer(command: str = "train") -> Iterator[Composer]:
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # Hydra itself allows one at a time
     try:
         with initialize_config_dir(str(CONF), job_name=command, version_base="1.3"):
-            yield Composer(GlobalHydra.instance().config_loader(), command)
+            yield Composer(GlobalHydra.instance().config_loader(), command, _memory_of(command, _stamp()))
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+@dataclass
+class _Memory:
+    """What has been read of the files that the groups offer."""
+
+    composed: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    names: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    groups: dict[tuple[str, ...], dict[str, list[str]]] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=8)
+def _memory_of(command: str, stamp: int) -> _Memory:
+    """What this process has read of ``conf/`` for a command, until a file changes."""
+    return _Memory()
+
+
+def _stamp() -> int:
+    """Another number after any file of ``conf/`` has come, gone or changed."""
+    return hash(tuple(sorted((str(path), path.stat().st_mtime_ns) for path in CONF.rglob("*.yaml"))))
 
 
 def finish(config: DictConfig, hydra: Any = None) -> DictConfig:
@@ -127,13 +148,11 @@ class Composer:
     user wrote ``+key`` or an experiment's file. So overrides are held against what the chosen files spell, first.
     """
 
-    def __init__(self, conf: ConfigLoader, command: str) -> None:
+    def __init__(self, conf: ConfigLoader, command: str, memory: _Memory) -> None:
         self._conf = conf
         self._command = command
-        self._cache: dict[tuple[str, ...], DictConfig] = {}
         self._search: list[str] = []  # the override that names folders besides conf/
-        self._files_of: dict[tuple[str, ...], list[str]] = {}
-        self._groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        self._of_conf, self._of_search = memory, _Memory()
 
     def load(self, overrides: Sequence[str]) -> DictConfig:
         """The composed configuration, with Hydra's own node.
@@ -149,7 +168,8 @@ class Composer:
         files = self._files(groups)
         _refuse([self._key(o, files) for o in parsed if o not in groups])
         _refuse(self._experiment(groups, files))
-        return copy.deepcopy(self._compose(overrides))
+        read = self._known.composed.get(self._all(overrides))
+        return self._compose(overrides) if read is None else copy.deepcopy(read)
 
     def without_null(self, overrides: Sequence[str]) -> list[str]:
         """Overrides with ``group=null`` in Hydra's own words, for the groups that can be left out."""
@@ -203,20 +223,32 @@ class Composer:
         first = self.load([_text(o) for o in parsed if not o.is_sweep_override()])
         return [run_dir(finish(self.load(list(job)))) for job in itertools.product(*self.axes(parsed, first))]
 
+    @property
+    def _known(self) -> _Memory:
+        return self._of_search if self._search else self._of_conf
+
+    def _all(self, overrides: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*overrides, *self._search]))
+
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Composed once, to be read and not to be changed."""
-        key = tuple(dict.fromkeys([*overrides, *self._search]))
-        if key not in self._cache:
-            try:
-                self._cache[key] = self._conf.load_configuration(self._command, list(key), RunMode.RUN)
-            except Exception as error:  # Hydra's exceptions have no common ancestor
-                raise ConfigError(self._plainly(error)) from error
-        return self._cache[key]
+        try:
+            return self._conf.load_configuration(self._command, list(self._all(overrides)), RunMode.RUN)
+        except Exception as error:  # Hydra's exceptions have no common ancestor
+            raise ConfigError(self._plainly(error)) from error
+
+    def _spelled(self, choices: Sequence[str]) -> DictConfig:
+        """What some choices of files compose to: once, to be read and not to be changed."""
+        key, composed = self._all(choices), self._known.composed
+        if key not in composed:
+            if len(composed) == 256:  # some 80 MB
+                composed.clear()
+            composed[key] = self._compose(choices)
+        return composed[key]
 
     def _files(self, groups: Sequence[Override]) -> DictConfig:
         """What the chosen files spell, before any value is set."""
         # A choice inside a choice (loss@loss.mim=mae) comes second: whether it can be made depends on the others.
-        config = self._compose([_text(o) for o in groups if o.package is None])
+        config = self._spelled([_text(o) for o in groups if o.package is None])
         nested = [o for o in groups if o.package is not None]
         if not nested:
             return config
@@ -227,7 +259,7 @@ class Composer:
             for o in nested
             if not o.is_add() and o.get_key_element().lstrip("~") not in possible
         )
-        return self._compose([_text(o) for o in groups])
+        return self._spelled([_text(o) for o in groups])
 
     def _is_group(self, override: Override) -> bool:
         """Whether an override chooses a file (``loss=mim``) rather than sets a value."""
@@ -236,13 +268,13 @@ class Composer:
     def _names(self, group: str) -> list[str]:
         """All files of a group."""
         key = (group, *self._search)
-        if key not in self._files_of:
+        if key not in self._known.names:
             if self._search:
                 names = self._conf.get_group_options(group, config_name=self._command, overrides=self._search)
             else:
                 names = self._conf.get_group_options(group)
-            self._files_of[key] = names
-        return self._files_of[key]
+            self._known.names[key] = names
+        return self._known.names[key]
 
     def _options(self, group: str) -> list[str]:
         """Those that are meant to be chosen."""
@@ -264,7 +296,7 @@ class Composer:
                 options = self._options(group)
                 if override.package in PARTS:
                     fits, _ = PARTS[override.package]
-                    options = [o for o in options if fits(self._compose([f"{group}={o}"])[group])]
+                    options = [o for o in options if fits(self._spelled([f"{group}={o}"])[group])]
                 return f"{_text(override)}: {group} must be one of {', '.join(options)}{_did_you_mean(name, options)}"
         return None
 
@@ -298,7 +330,7 @@ class Composer:
             return []
         added = {o.get_key_element().lstrip("+"): _text(o) for o in groups if o.is_add()}
         without = {group: text for group, text in (_choices(files) | added).items() if group != "experiment"}
-        base = self._compose(list(without.values()))
+        base = self._spelled(list(without.values()))
         new = sorted(set(_keys(files)) - set(_keys(base)))
         top = [key for key in new if not _is_open(base, key) and _is_open(base, key.rpartition(".")[0])]
         return [f"experiment={experiment}: {self._unknown(key, base)}" for key in top]
@@ -345,7 +377,7 @@ class Composer:
                     continue
                 choice = f"{place}={name}"
                 try:
-                    other = self._compose(list((rest | {place: choice}).values()))
+                    other = self._spelled(list((rest | {place: choice}).values()))
                 except ConfigError:  # a file that needs more than its name is no suggestion
                     continue
                 for k in set(_keys(other)) - here:
@@ -356,10 +388,10 @@ class Composer:
     def groups(self) -> dict[str, list[str]]:
         """Group of this command -> its files."""
         key = tuple(self._search)
-        if key not in self._groups:
-            chosen = self._compose([]).hydra.runtime.choices
-            self._groups[key] = {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g in chosen}
-        return self._groups[key]
+        if key not in self._known.groups:
+            chosen = self._spelled([]).hydra.runtime.choices
+            self._known.groups[key] = {g: self._options(g) for g in sorted(self._conf.list_groups("")) if g in chosen}
+        return self._known.groups[key]
 
     def _plainly(self, error: Exception) -> str:
         """One sentence for any other complaint of Hydra."""
