@@ -24,7 +24,7 @@ help: ## List these commands
 demo: $(INSTALLED) ## Pre-train a small ViT with the hybrid objective on rendered images: a few minutes on a laptop
 	$(RUN) train.py experiment=demo
 
-test: $(INSTALLED) ## Run the tests that take less than a minute each
+test: $(INSTALLED) ## Run the tests, but for those that keep the processors busy for a minute each
 	$(RUN) -m pytest -n 3 --dist worksteal -m "not slow"
 
 test-all: $(INSTALLED) ## Run every test

@@ -1,4 +1,4 @@
-"""For all tests: nothing is written to the user's cache."""
+"""For all tests: nothing is written to the user's cache, and what waits comes first."""
 
 import os
 
@@ -15,3 +15,8 @@ def cache_of_the_tests(tmp_path_factory):
         del os.environ["HARMONIZE_CACHE"]
     else:
         os.environ["HARMONIZE_CACHE"] = before
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for a cluster come first: others have the processors meanwhile."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)

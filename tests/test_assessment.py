@@ -235,7 +235,6 @@ def test_features_are_kept_for_other_evaluations(trained, folder, monkeypatch):
     assert read(folder, "few")[0]["settings"] != read(folder, "other")[0]["settings"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [["eval=knn", "eval.k=[3,5]"], AUGMENTED], ids=["knn", "augmented"])
 def test_two_processes_give_what_one_gives(trained, folder, chosen, capfd, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -46,7 +46,7 @@ def check_row(row: dict) -> None:
         assert row["met"] == (judged <= row["goal"])
 
 
-SLOW = ("input_pipeline", "diagnostics", "startup", "growth")
+SLOW = ("diagnostics", "startup", "growth")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])

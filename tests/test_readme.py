@@ -1,6 +1,6 @@
 """No command in the documentation goes untested: every ```bash block of every page is parsed, and each command checked.
 
-Commands of harmonize are composed and checked in this process (and, marked slow, training runs for ten steps); make
+Commands of harmonize are composed and checked in this process (and training runs for some steps); make
 targets, scripts, extras and build arguments must exist; links must lead somewhere. A ```text block that begins with
 `$ command` shows a mistake and the very words that answer it. A kind of command without a checker fails until it gets
 one.
@@ -222,7 +222,6 @@ def shards(images, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", README_TRAIN, ids=shlex.join)
 def test_readme_training_command_runs(arguments, images, shards, tmp_path, monkeypatch):
     """The command as it stands, then small: few images, three steps, narrow heads, the first two jobs of a sweep.

@@ -152,7 +152,6 @@ def test_a_job_is_cancelled(cluster, submit, recorder):
     assert names(read()) == ["restart 0", "SIGTERM"]
 
 
-@pytest.mark.slow
 def test_a_job_is_signalled_before_its_time_is_up(cluster, submit, recorder):
     """SLURM looks at the clock every 30 s only: up to 30 s early with the signal, up to 30 s late with the end."""
     (step, read_step), (script, read_script) = recorder("step"), recorder("script")

@@ -59,7 +59,6 @@ def steps(job):
 
 
 @needs_slurm
-@pytest.mark.slow
 def test_requeued_timed_out_and_cancelled_jobs(cluster, settings, tmp_path):
     environment = os.environ | cluster.env | {"OMP_NUM_THREADS": "1", SECONDS: "0.03"}
     arguments = [*settings, "-m", "seed=0,1,2", f"run.root={tmp_path / 'runs'}", "hydra/launcher=slurm"]
@@ -117,7 +116,6 @@ def test_requeued_timed_out_and_cancelled_jobs(cluster, settings, tmp_path):
 
 
 @needs_slurm
-@pytest.mark.slow
 def test_one_run_on_two_nodes_preempted(two_nodes, settings, tmp_path):
     """One task on each of two nodes, ranks come from SLURM alone; a job of a higher partition takes both away."""
     environment = os.environ | two_nodes.env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", SECONDS: "0.05"}

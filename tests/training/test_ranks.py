@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from harmonize.cli import main
 from tests.training.test_resumption import signal_at
 from tests.training.test_run import command, finish, images, load, measured, overrides, rows, run  # noqa: F401
 
@@ -60,4 +61,4 @@ def test_every_process_keeps_the_whole_network_that_has_diverged(overrides, tmp_
     one, two = (load(tmp_path / "run" / f"nonfinite_rank{rank}.pt") for rank in (0, 1))
     assert one["state_dict"]
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=0, equal_nan=True)
-    finish(command("replay", str(tmp_path / "run" / "nonfinite_rank1.pt"), program=("-m", "harmonize")))
+    assert main(["replay", str(tmp_path / "run" / "nonfinite_rank1.pt")]) == 0
