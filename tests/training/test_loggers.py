@@ -233,6 +233,28 @@ def test_no_server_means_offline(tmp_path, monkeypatch):
     assert not logger.failed
 
 
+def test_a_service_that_does_not_come_back_means_offline(tmp_path, monkeypatch):
+    """Whoever asked for online gets at least a file to upload later."""
+    import wandb
+
+    modes = []
+    real = wandb.init
+
+    def init(**options):
+        modes.append(options["mode"])
+        if options["mode"] == "online":
+            raise ConnectionResetError("Connection lost")
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = Wandb(tmp_path, mode="online")
+    with pytest.warns(UserWarning, match=r"cannot be reached \(Connection lost\); logging offline"):
+        logger.start()
+    assert modes == ["online", "online", "offline"]
+    assert not logger.failed
+    logger.finish()
+
+
 def test_a_failure_is_one_warning_and_training_goes_on(tmp_path, monkeypatch):
     import wandb
 

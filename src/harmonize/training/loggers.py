@@ -163,21 +163,23 @@ class Wandb(WandbLogger):
 
         The runs of one process share W&B's service: where it has died, a new one is started.
         """
+        self._open()
+
+    def _open(self, again: bool = False) -> None:
         import wandb
 
         try:
             _ = self.experiment
-            return
         except Exception as error:  # whatever W&B may raise, training goes on
-            if self.mode == "online" and isinstance(error, wandb.errors.Error):
+            if self.mode == "online" and (again or isinstance(error, wandb.errors.Error)):
                 warnings.warn(f"W&B cannot be reached ({_short(error)}); logging offline instead.", stacklevel=1)
                 self.mode = self._wandb_init["mode"] = "offline"
-        with contextlib.suppress(Exception, SystemExit):  # a service that has died gives no answer
-            wandb.teardown()  # one that has not holds on to the run's id
-        try:
-            _ = self.experiment
-        except Exception as error:
-            self._give_up(error)
+            elif again:
+                self._give_up(error)
+                return
+            with contextlib.suppress(Exception, SystemExit):  # a service that has died gives no answer
+                wandb.teardown()  # one that has not holds on to the run's id
+            self._open(again=True)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
