@@ -429,7 +429,7 @@ def test_changed_keys(conf):
     }
 
 
-# ---- the wheel -------------------------------------------------------------------------------------------------------
+# ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_file_of_conf_is_read_again(tmp_path, monkeypatch):
@@ -453,6 +453,9 @@ def test_what_is_given_may_be_changed():
         first = config.compose(overrides)
         first.loss.mask_ratio = 0.123
         assert config.compose(overrides).loss.mask_ratio != 0.123
+
+
+# ---- the wheel -------------------------------------------------------------------------------------------------------
 
 
 def test_conf_is_found_and_part_of_the_wheel():

@@ -163,12 +163,13 @@ def _study(
     console: Console,
 ) -> Study:
     file = folder / name / "results.json"
-    held = groups_from_plain(json.loads(file.read_text())) if file.exists() and not settings else []
     groups = [] if kept else _groups_of(name, node, settings, console)
+    held: list[Group] = []
+    if (collect or not groups) and file.exists() and not settings:
+        held = groups_from_plain(json.loads(file.read_text()))
     if not groups and not held:
         raise ConfigError(f"{name}: no runs are there yet; start them with: {_commands(node, settings)[0]}")
-    fewer = collect and _num_runs(groups) < _num_runs(held)  # a part of the runs must not take the place of all
-    if not groups or fewer:
+    if _num_runs(groups) < _num_runs(held):  # a part of the runs must not take the place of all
         console.print(f"{name}: from {file}{f', which holds {_num_runs(held)} runs' if groups else ''}.")
         groups = held
     else:
