@@ -1,5 +1,6 @@
 """The bench: features are computed once, by all ranks together, and nothing changes the encoder."""
 
+import time
 from dataclasses import astuple
 
 import pytest
@@ -9,6 +10,7 @@ from harmonize.data.module import DataModule
 from harmonize.evaluation import base
 from harmonize.evaluation.base import frozen
 from harmonize.evaluation.features import extract
+from harmonize.functional.distributed import rank
 from harmonize.functional.hashing import weights_hash
 from harmonize.types import ConfigError, FeatureSpec
 from tests.evaluation.benches import count_images, killed_after, make_bench, on_ranks, patterns
@@ -243,6 +245,19 @@ def test_states_are_kept(tmp_path):
     assert found["weights"]["x"].tolist() == [0, 1, 2]
     assert {k: v for k, v in found.items() if k != "weights"} == {k: v for k, v in state.items() if k != "weights"}
     assert bench.load_state("b") is None
+
+
+def late_loading(folder):
+    """One rank comes late to what the other is about to overwrite."""
+    bench = make_bench(folder)
+    time.sleep(0.5 * rank())
+    found = bench.load_state("a")
+    bench.save_state("a", {"epoch": 3})
+    return found
+
+
+def test_all_ranks_load_what_was_there_before_any_went_on(tmp_path):
+    assert on_ranks(tmp_path / "ranks", lambda: late_loading(tmp_path / "store")) == [None, None]
 
 
 def test_data_without_labels_are_a_sentence(tmp_path):

@@ -97,9 +97,14 @@ class Bench:
         return self.data.classes
 
     def load_state(self, name: str) -> dict[str, Any] | None:
-        """What an interrupted evaluation stored under a name: tensors and plain values; None if there is nothing."""
+        """What an interrupted evaluation stored under a name: tensors and plain values; None if there is nothing.
+
+        Every rank takes part: none goes on, and stores something new, before all have read the same.
+        """
         path = self.folder / f"{name}.state"
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        wait_for_all()
+        return state
 
     def save_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Store what it takes to go on from here; rank 0 writes, whole or not at all."""
